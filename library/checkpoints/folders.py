@@ -1,0 +1,98 @@
+"""The files of a Diffusers folder: which weights to read, shards, and the small files that saves carry over."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.checkpoints.detect import read_json
+from library.checkpoints.tensor_files import open_tensors
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SMALL_FILES = (
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "tokenizer/vocab.json",
+    "tokenizer/merges.txt",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/special_tokens_map.json",
+    "tokenizer/added_tokens.json",
+    "tokenizer/tokenizer.json",
+)
+_MAX_SMALL = 16 * 1024**2
+_WEIGHTS = re.compile(r"^(diffusion_pytorch_model|model|pytorch_model)(\.[\w-]+?)??\.(safetensors|bin)(\.index(\.[\w-]+)?\.json)?$")
+
+
+def choose_weights(names: Iterable[str]) -> str | None:
+    """Choose among the file names of one component: safetensors before pickles, no variant before ``fp16`` and others."""
+    candidates = []
+    for name in names:
+        match = _WEIGHTS.match(name)
+        if match is None or re.search(r"-\d{5}-of-\d{5}", name):
+            continue
+        variant = (match[2] or match[5] or "").lstrip(".")
+        order = (match[3] != "safetensors", variant != "", variant != "fp16", match[4] is not None, name)
+        candidates.append((order, name))
+    return min(candidates)[1] if candidates else None
+
+
+def open_folder_weights(folder: Path) -> Mapping[str, Tensor]:
+    """Open the weights of one component (`unet`, `vae`, `text_encoder`), sharded or not.
+
+    Raises:
+        UserError: there are none, or a shard is missing or lies elsewhere.
+    """
+    names = [item.name for item in folder.iterdir()] if folder.is_dir() else []
+    chosen = choose_weights(names)
+    if chosen is None:
+        hint = "Expected diffusion_pytorch_model.safetensors, model.safetensors or their .bin forms"
+        raise UserError("no weights in this folder", hint, where=str(folder))
+    if chosen.endswith(".json"):
+        return _open_shards(folder, chosen)
+    return open_tensors(folder / chosen)
+
+
+def shard_names(index: Path) -> dict[str, str]:
+    """Return the shard of every tensor that an index file lists.
+
+    Raises:
+        UserError: the index is damaged, or names a file that is not a plain name in its folder.
+    """
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(shard, str) for shard in table.values()):
+        raise UserError("no list of shards in it", "The model folder is damaged", where=str(index))
+    for shard in sorted(set(table.values())):
+        if not re.fullmatch(r"[\w][\w.\- ]*", shard) or ".." in shard:
+            raise UserError(f"names the shard {shard!r}, which is not a plain file name", where=str(index))
+    return table
+
+
+def _open_shards(folder: Path, index: str) -> Mapping[str, Tensor]:
+    table = shard_names(folder / index)
+    opened = {}
+    for shard in sorted(set(table.values())):
+        if not (folder / shard).is_file():
+            raise UserError(f"the shard {shard} is missing", "The model folder is incomplete", where=str(folder / index))
+        opened[shard] = open_tensors(folder / shard)
+    lost = [name for name, shard in table.items() if name not in opened[shard]]
+    if lost:
+        raise UserError(f"{len(lost)} tensors are not in their shards, such as {lost[0]}", where=str(folder / index))
+    return {name: opened[shard][name] for name, shard in table.items()}
+
+
+def read_small_files(root: Path, names: Iterable[str]) -> dict[str, bytes]:
+    """Read those of the named files that exist and are small, to be written into saved folders."""
+    found = {}
+    for name in names:
+        path = root / name
+        if path.is_file() and path.stat().st_size <= _MAX_SMALL:
+            found[name] = path.read_bytes()
+    return found

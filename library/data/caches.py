@@ -1,0 +1,412 @@
+"""Latent caches on disk: names, layout, validity, reading and writing. Knows no model.
+
+A cache file stands beside its image, `<stem>_<width>x<height>_sd.npz` (source size, four digits each), and may hold
+several variants (bucket sizes, mirrored, mask). Array names end in the latent size, `latents_56x72`; names without it
+are read when the shape fits. `meta_json` records where the arrays come from. Files of other programs have none and are
+accepted on names and shapes alone. Nothing is ever unpickled, and a broken file is an answer, never a crash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from library.contracts import ImageRecord, Placement
+from library.data.npz import BrokenNpz, NpzFile, pack_npz
+from library.errors import UserError
+from library.files import NewFile, atomic_file
+
+_log = logging.getLogger(__name__)
+
+MISSING = "not cached yet"
+OTHER_RESOLUTION = "other resolution"
+UNREADABLE = "unreadable"
+IMAGE_CHANGED = "image changed"
+OTHER_VAE = "other VAE"
+OTHER_RESIZE = "other resizing or cropping"
+NO_MASK = "mask missing"
+NO_MIRROR = "mirrored latents missing"
+OTHER_FAMILY = "made for another model family"
+
+FORMAT = 1
+LEGACY = ""
+_META = "meta_json"
+_ARRAYS = ("latents", "latents_flipped", "alpha_mask", "original_size", "crop_ltrb")
+_MAX_META = 1 << 18
+_MAX_KEPT = 1 << 26
+_MAX_NAME = 255
+
+
+class BrokenCache(Exception):
+    """A cache entry that cannot be used; `str()` is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheRules:
+    """Options of the caches that decide names and validity."""
+
+    suffix: str = "_sd"
+    family: str = ""
+    folder: str | None = None
+    root: str = ""
+    use_hash: bool = False
+    trust_mtime: bool = False
+    skip_check: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LatentNeed:
+    """What one image needs from its cache file: its variant, and all that the arrays depend on.
+
+    Attributes:
+        record: of the image.
+        placement: resize and crop into the bucket.
+        shape: of the latents, (channels, height, width).
+        interpolation: name of the resize filter, None for the default rule.
+        flip: mirrored latents are needed too.
+        mask: the alpha channel is needed too.
+    """
+
+    record: ImageRecord
+    placement: Placement
+    shape: tuple[int, int, int]
+    interpolation: str | None = None
+    flip: bool = False
+    mask: bool = False
+
+    @property
+    def variant(self) -> str:
+        """Latent size as in array names: height x width."""
+        return f"{self.shape[1]}x{self.shape[2]}"
+
+    @property
+    def mask_shape(self) -> tuple[int, int]:
+        """Shape of the mask: the bucket's (height, width)."""
+        return self.placement.bucket_wh[1], self.placement.bucket_wh[0]
+
+    def provenance(self, rules: CacheRules, vae: str) -> dict[str, Any]:
+        """Return what is written beside the arrays, without the hash of the source."""
+        return {
+            "family": rules.family,
+            "vae": vae,
+            "source_size": self.record.file_size,
+            "source_mtime_ns": self.record.mtime_ns,
+            "orientation": self.record.orientation,
+            "bucket_wh": list(self.placement.bucket_wh),
+            "resized_wh": list(self.placement.resized_wh),
+            "crop_xy": list(self.placement.crop_xy),
+            "resize": self.interpolation or "auto",
+            "dtype": "float32",
+            "posterior": "sample",
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class CachedLatents:
+    """Arrays of one variant: latents float32 [C,h,w], mask float32 [H,W] in 0..1 or None."""
+
+    latents: NDArray[np.float32]
+    mask: NDArray[np.float32] | None = None
+
+
+def cache_path(record: ImageRecord, rules: CacheRules, suffix: str | None = None) -> str:
+    """Return the name of an image's cache file; `suffix=LEGACY` gives `<stem>.npz`, None the family's own name."""
+    suffix = rules.suffix if suffix is None else suffix
+    stem, _ = os.path.splitext(_mirrored(record.path, rules))  # noqa: PTH122 - names may hold bytes that Path changes
+    ending = ".npz" if suffix == LEGACY else f"_{record.size_wh[0]:04d}x{record.size_wh[1]:04d}{suffix}.npz"
+    folder, name = os.path.split(stem)
+    if len(os.fsencode(name)) + len(ending) > _MAX_NAME:
+        mark = hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()
+        name = os.fsencode(name)[: _MAX_NAME - len(ending) - 17].decode("utf-8", "ignore") + "-" + mark
+    return os.path.join(folder, name + ending)  # noqa: PTH118
+
+
+def mirror_root(folders: Iterable[str]) -> str:
+    """Return the folder whose tree `--cache_dir` mirrors: the nearest one above all image folders."""
+    above = [os.path.dirname(os.path.abspath(folder)) for folder in folders]  # noqa: PTH100, PTH120
+    try:
+        return os.path.commonpath(above) if above else ""
+    except ValueError:  # several drives
+        return ""
+
+
+def _mirrored(path: str, rules: CacheRules) -> str:
+    if rules.folder is None:
+        return path
+    whole = os.path.abspath(path)  # noqa: PTH100
+    drive, rest = os.path.splitdrive(whole)
+    inside = drive.replace(":", "") + rest
+    if rules.root:
+        with suppress(ValueError):
+            relative = os.path.relpath(whole, rules.root)
+            inside = inside if relative.startswith("..") else relative
+    return os.path.join(rules.folder, inside.lstrip("/\\"))  # noqa: PTH118
+
+
+def find_valid(
+    need: LatentNeed, rules: CacheRules, vae: str, present: frozenset[str] | None = None
+) -> tuple[str | None, str | None]:
+    """Look for a cache file that serves `need`.
+
+    Args:
+        need: image and variant.
+        rules: names and validity rules.
+        vae: fingerprint of the VAE; empty to accept any.
+        present: names of the files in the folder, when the caller has listed it.
+
+    Returns:
+        (suffix of the valid file, None), or (None, reason).
+    """
+    reason: str | None = None
+    for suffix in (rules.suffix, LEGACY, *(("_sdxl",) if rules.suffix == "_sd" else ())):
+        path = cache_path(need.record, rules, suffix)
+        if present is not None and os.path.basename(path) not in present:  # noqa: PTH119
+            continue
+        found = check_file(path, need, rules, vae, foreign=suffix not in (rules.suffix, LEGACY))
+        if found is None:
+            return suffix, None
+        if reason is None or reason == MISSING:
+            reason = found
+    return None, reason or MISSING
+
+
+def check_file(path: str, need: LatentNeed, rules: CacheRules, vae: str, *, foreign: bool = False) -> str | None:
+    """Return why a cache file cannot serve `need`, or None; reads directory and headers, but no pixels or latents.
+
+    Args:
+        path: of the cache file.
+        need: image and variant.
+        rules: names and validity rules.
+        vae: fingerprint of the VAE; empty to accept any.
+        foreign: the name belongs to another model family, so that a matching record of origin is required.
+    """
+    try:
+        if rules.skip_check:
+            return None if Path(path).is_file() and not foreign else MISSING
+        with NpzFile(path) as file:
+            ending = _ending(file, need.shape)
+            reason = _missing_array(file, need, ending)
+            origin = _origin(file, need.variant) if ending else None
+    except FileNotFoundError:
+        return MISSING
+    except BrokenCache as error:
+        return str(error)
+    except (BrokenNpz, OSError) as error:
+        _log.debug("%s: %s", path, error)
+        return UNREADABLE
+    if reason is not None:
+        return reason
+    if origin is None:
+        return OTHER_FAMILY if foreign else None
+    return _origin_problem(origin, need, rules, vae)
+
+
+def _ending(file: NpzFile, shape: tuple[int, int, int]) -> str:
+    """Return the ending of the array names that hold latents of `shape`: `_<h>x<w>`, or nothing for the old names."""
+    sized = f"_{shape[1]}x{shape[2]}"
+    if f"latents{sized}" in file:
+        return sized
+    if "latents" in file and file.header("latents").shape[-2:] == shape[1:]:
+        return ""
+    raise BrokenCache(OTHER_RESOLUTION if any(name.startswith("latents") for name in file.names) else UNREADABLE)
+
+
+def _missing_array(file: NpzFile, need: LatentNeed, ending: str) -> str | None:
+    if not _fits(file, f"latents{ending}", need.shape):
+        return OTHER_RESOLUTION
+    if need.flip and not _fits(file, f"latents_flipped{ending}", need.shape):
+        return NO_MIRROR
+    if need.mask and not _fits(file, f"alpha_mask{ending}", need.mask_shape):
+        return NO_MASK
+    return None
+
+
+def _fits(file: NpzFile, name: str, shape: tuple[int, ...]) -> bool:
+    if name not in file:
+        return False
+    header = file.header(name)
+    return header.shape == shape and np.dtype(header.dtype).kind == "f"
+
+
+def _meta(file: NpzFile) -> dict[str, Any]:
+    """Return the record of origin of all variants; empty when another program wrote the file."""
+    if _META not in file:
+        return {}
+    try:
+        found = json.loads(str(file.read(_META, _MAX_META)[()]))
+    except (ValueError, RecursionError, IndexError) as error:
+        raise BrokenNpz("meta_json cannot be parsed") from error
+    if not isinstance(found, dict) or not isinstance(found.get("variants"), dict):
+        raise BrokenNpz("meta_json has another form")
+    return found
+
+
+def _origin(file: NpzFile, variant: str) -> dict[str, Any] | None:
+    found = _meta(file).get("variants", {}).get(variant)
+    if found is not None and not isinstance(found, dict):
+        raise BrokenNpz("meta_json has another form")
+    return found
+
+
+def _origin_problem(origin: Mapping[str, Any], need: LatentNeed, rules: CacheRules, vae: str) -> str | None:
+    expected = need.provenance(rules, vae)
+    if vae and origin.get("vae") != vae:
+        return OTHER_VAE
+    for key in ("bucket_wh", "resized_wh", "crop_xy", "resize"):
+        if origin.get(key) != expected[key]:
+            return OTHER_RESIZE
+    if need.record.file_size == 0:
+        return None  # the image itself is gone; the cache stands in for it
+    if origin.get("orientation") != expected["orientation"] or origin.get("source_size") != expected["source_size"]:
+        return IMAGE_CHANGED
+    if origin.get("source_mtime_ns") == expected["source_mtime_ns"] or rules.trust_mtime:
+        return None
+    stored = origin.get("source_sha256")
+    return None if stored and stored == file_sha256(need.record.path) else IMAGE_CHANGED
+
+
+def file_sha256(path: str) -> str | None:
+    """Return the SHA-256 of a file in hexadecimal, or None when it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            digest = hashlib.sha256()
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+            return digest.hexdigest()
+    except OSError:
+        return None
+
+
+def read_latents(
+    path: str, shape: tuple[int, int, int], *, flipped: bool = False, mask_shape: tuple[int, int] | None = None
+) -> CachedLatents:
+    """Read one variant; CRC, shape and finiteness are checked.
+
+    Args:
+        path: of the cache file.
+        shape: of the latents, (channels, height, width).
+        flipped: read the mirrored latents; the mask is mirrored here too.
+        mask_shape: (height, width) of the mask when one is wanted.
+
+    Raises:
+        BrokenCache: whatever is wrong with the file.
+    """
+    try:
+        with NpzFile(path) as file:
+            ending = _ending(file, shape)
+            name = f"latents_flipped{ending}" if flipped else f"latents{ending}"
+            latents = _array(file, name, shape)
+            mask = None if mask_shape is None else _array(file, f"alpha_mask{ending}", mask_shape)
+    except FileNotFoundError as error:
+        raise BrokenCache(MISSING) from error
+    except (BrokenNpz, OSError) as error:
+        raise BrokenCache(f"{UNREADABLE}: {error}") from error
+    if mask is not None and flipped:
+        mask = np.ascontiguousarray(mask[:, ::-1])
+    return CachedLatents(latents, mask)
+
+
+def _array(file: NpzFile, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    if not _fits(file, name, shape):
+        raise BrokenCache(f"{OTHER_RESOLUTION}: no fitting {name}")
+    array = file.read(name, 8 * int(np.prod(shape))).astype(np.float32)
+    if not np.isfinite(array).all():
+        raise BrokenCache(f"{UNREADABLE}: {name} is not finite")
+    return array
+
+
+def set_aside(path: str) -> None:
+    """Rename a broken cache file to `<name>.corrupt`, so that the next start makes it anew."""
+    with suppress(OSError):
+        os.replace(path, f"{path}.corrupt")  # noqa: PTH105
+
+
+def require_finite(path: str, arrays: Iterable[NDArray[Any] | None]) -> None:
+    """Refuse latents with NaN or infinite values.
+
+    Raises:
+        UserError: names the image and the usual remedy.
+    """
+    if not all(array is None or np.isfinite(array).all() for array in arrays):
+        raise UserError(
+            "the VAE made NaN or infinite latents of this image",
+            "Use --no_half_vae, or a VAE repaired for half precision.",
+            where=path,
+        )
+
+
+def write_latents(
+    path: str,
+    need: LatentNeed,
+    rules: CacheRules,
+    vae: str,
+    arrays: Mapping[str, NDArray[Any] | None],
+) -> None:
+    """Write one variant into a cache file; other variants in it stay.
+
+    Args:
+        path: of the cache file.
+        need: image and variant.
+        rules: names and validity rules.
+        vae: fingerprint of the VAE.
+        arrays: `latents`, and where needed `latents_flipped` and `alpha_mask`; None is left out.
+
+    Raises:
+        UserError: values are not finite.
+        CannotSave: the file could not be written.
+    """
+    from library.data.buckets import sdxl_crop_ltrb
+
+    require_finite(need.record.path, (arrays.get("latents"), arrays.get("latents_flipped")))
+    ending = f"_{need.variant}"
+    values: dict[str, NDArray[Any]] = {
+        f"{name}{ending}": np.asarray(array, np.float32) for name, array in arrays.items() if array is not None
+    }
+    size = need.record.size_wh
+    values[f"original_size{ending}"] = np.array(size, np.int64)
+    values[f"crop_ltrb{ending}"] = np.array(sdxl_crop_ltrb(size, need.placement.bucket_wh), np.float64)
+    variants, kept = _what_stays(path, need)
+    origin = need.provenance(rules, vae)
+    if rules.use_hash:
+        origin["source_sha256"] = file_sha256(need.record.path)
+    variants[need.variant] = origin
+    values[_META] = np.array(json.dumps({"format": FORMAT, "variants": variants}))
+    data = pack_npz(values, kept)
+    with atomic_file(path, size=len(data), sync=False, kind="cache") as temporary, NewFile(temporary, "cache") as file:
+        file.write(data)
+
+
+def _what_stays(path: str, need: LatentNeed) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
+    """Return origins and raw arrays of the other variants in an existing file; broken ones are dropped."""
+    try:
+        with NpzFile(path) as file:
+            kept = list(_other_members(file, need))
+            try:
+                variants = dict(_meta(file).get("variants", {}))
+            except BrokenNpz:
+                variants = {}
+    except (BrokenNpz, OSError):
+        return {}, []
+    return variants, kept
+
+
+def _other_members(file: NpzFile, need: LatentNeed) -> Iterator[tuple[str, bytes]]:
+    replaced = {f"{name}_{need.variant}" for name in _ARRAYS} | {_META}
+    with suppress(BrokenNpz):
+        # Old names of the same size would go stale unnoticed by programs that know only them.
+        if "latents" in file and file.header("latents").shape[-2:] == need.shape[1:]:
+            replaced.update(_ARRAYS)
+    for name in file.names:
+        if name not in replaced:
+            with suppress(BrokenNpz):
+                yield name, file.raw(name, _MAX_KEPT)

@@ -1,0 +1,125 @@
+"""Reads dataset configuration files: TOML or JSON in UTF-8, bounded; messages show the place and the fix."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError
+
+MAX_BYTES = 16 << 20
+_PLACE = re.compile(r"\s*\(at line (\d+), column (\d+)\)")
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
+def read_table(path: str) -> dict[str, Any]:
+    """Return the top-level table of a `.toml` or `.json` file.
+
+    Raises:
+        UserError: The file is missing, too large, not UTF-8, of another kind, or does not parse.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".toml", ".json"):
+        raise UserError(f"not supported config file format {suffix!r}", "Use a .toml or .json file.", where=path)
+    text = read_text(path)
+    table = _parse_toml(text, path) if suffix == ".toml" else parse_json(text, path)
+    if not isinstance(table, dict):
+        raise UserError("the top level is not a table", "Start with [general] or [[datasets]].", where=path)
+    return table
+
+
+def read_text(path: str, limit: int = MAX_BYTES) -> str:
+    """Return the text of a UTF-8 file without its byte order mark.
+
+    Raises:
+        UserError: The file is missing, unreadable, larger than `limit` bytes or not UTF-8.
+    """
+    file = Path(path)
+    try:
+        if not file.is_file():
+            found = "is a folder" if file.is_dir() else "file not found"
+            raise UserError(found, f"Looked for {file.absolute()}.", where=path)
+        size = file.stat().st_size
+        if size > limit:
+            raise UserError(f"has {size >> 20} MiB, the limit is {limit >> 20} MiB", where=path)
+        data = file.read_bytes()
+    except (OSError, ValueError) as error:
+        raise UserError(getattr(error, "strerror", None) or str(error), where=path) from error
+    if data.startswith(_UTF16_MARKS):
+        raise UserError("not UTF-8 (looks like UTF-16)", "Save it as UTF-8.", where=path)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"not UTF-8 (line {line})", "Save it as UTF-8.", where=path) from error
+
+
+def _parse_toml(text: str, path: str) -> dict[str, Any]:
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib  # type: ignore[import-not-found,no-redef]
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise _toml_error(str(error), text, path) from error
+    except RecursionError as error:
+        raise UserError("nested too deeply", where=path) from error
+
+
+def _toml_error(message: str, text: str, path: str) -> UserError:
+    match = _PLACE.search(message)
+    if match is None:
+        return UserError(f"TOML syntax error: {message}", where=path)
+    line, column = int(match[1]), int(match[2])
+    lines = text.splitlines()
+    content = lines[line - 1].strip()[:200] if line <= len(lines) else ""
+    what = f"TOML syntax error, line {line}, column {column}: {_PLACE.sub('', message)}: {content!r}"
+    return UserError(what, _toml_hint(message, content), where=path)
+
+
+def _toml_hint(message: str, line: str) -> str:
+    """Guess from the parser's message and the line what the writer meant."""
+    value = line.partition("=")[2].strip()
+    if '"' in line and "\\" in line:
+        return "Backslashes have a meaning inside double quotes: use single quotes or forward slashes."
+    if "overwrite" in message or "already" in message or "twice" in message:
+        return "The key or table occurs twice: remove one."
+    if value in ("True", "False"):
+        return f"Write {value.lower()} in lower case."
+    if value in ("None", "null"):
+        return "TOML has no empty value: leave the key out."
+    if value[:1].isalpha() or value[:1] in "/._":
+        return "Put text in quotes."
+    return ""
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Parse JSON without the liberties of Python's parser: no NaN, no duplicate keys.
+
+    Raises:
+        UserError: It does not parse; the message has line and column.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+    except json.JSONDecodeError as error:
+        raise UserError(f"JSON error, line {error.lineno}, column {error.colno}: {error.msg}", where=where) from error
+    except RecursionError as error:
+        raise UserError("nested too deeply", where=where) from error
+    except ValueError as error:
+        raise UserError(str(error), where=where) from error
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _value in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice!r} occurs twice")
+    return table
+
+
+def _no_constants(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,335 @@
+"""What loader workers run: a `BatchKey` goes in, a `Batch` comes out, and nothing else decides what is in it.
+
+Every random choice of a sample derives from (seed, epoch, position), so it does not matter which worker serves it. A
+picture or cache entry that turns out bad is replaced by another of its bucket and named in `Batch.replaced`.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from library.contracts import Batch, BatchKey, FamilySpec, Placement, Sample, SampleKey, Tokenizer
+from library.data.augment import Augmentation, View, apply_view, choose_view, mask_of, normalise
+from library.data.buckets import sdxl_crop_top_left
+from library.data.caches import BrokenCache, LatentNeed
+from library.data.captions import CaptionPipeline
+from library.data.dataset_spec import DatasetSpec, SubsetSpec
+from library.data.images import MAX_IMAGE_PIXELS, BadImage, load_image
+from library.data.latent_store import LatentSource
+from library.data.records import RecordTable
+from library.faults import fault_point
+from library.randomness import derive, python_random, uniform
+
+_log = logging.getLogger(__name__)
+
+_TRIES = 32  # choices of another image before a sample is left blank
+
+
+class TextSource(Protocol):
+    """Cached outputs of text encoders, for families whose encoders can be left out of training."""
+
+    def read(self, row: int, caption: str) -> Mapping[str, NDArray[Any]]:
+        """Return the arrays that stand for `caption` (of table row `row`), without a batch axis."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placements:
+    """The placement of every table row in columns: int32 [N,2] each, as (width, height) or (left, top)."""
+
+    bucket_wh: NDArray[np.int32]
+    resized_wh: NDArray[np.int32]
+    crop_xy: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, placements: Sequence[Placement]) -> Placements:
+        """Pack placements."""
+        columns = [
+            np.array([getattr(placement, name) for placement in placements], np.int32).reshape(-1, 2)
+            for name in ("bucket_wh", "resized_wh", "crop_xy")
+        ]
+        return cls(*columns)
+
+    def __len__(self) -> int:
+        return len(self.bucket_wh)
+
+    def __getitem__(self, row: int) -> Placement:
+        bucket, resized, crop = (
+            (int(column[row, 0]), int(column[row, 1])) for column in (self.bucket_wh, self.resized_wh, self.crop_xy)
+        )
+        return Placement(bucket, resized, crop)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How picture files are read."""
+
+    exif_transpose: bool = True
+    max_pixels: int = MAX_IMAGE_PIXELS
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """All that samples are made of; picklable and small, since the table is shared by mapping."""
+
+    family: FamilySpec
+    specs: tuple[DatasetSpec, ...]
+    table: RecordTable
+    placements: Placements
+    tokenizers: tuple[Tokenizer, ...]
+    prior_loss_weight: float = 1.0
+    reading: Reading = field(default_factory=Reading)
+    latents: LatentSource | None = None
+    texts: TextSource | None = None
+
+    def subset(self, row: int) -> SubsetSpec:
+        """Return the subset of a table row."""
+        index = int(self.table.subsets[row])
+        for subset in self.specs[int(self.table.datasets[row])].subsets:
+            if subset.index == index:
+                return subset
+        raise LookupError(f"row {row} belongs to subset {index}, which its data set lacks")
+
+    def interpolation(self, row: int) -> str | None:
+        """Return the name of the resize filter of a table row; None for the default rule."""
+        return self.subset(row).resize_interpolation or self.specs[int(self.table.datasets[row])].resize_interpolation
+
+    def augmentation(self, row: int) -> Augmentation:
+        """Return how the image of a table row is varied."""
+        subset = self.subset(row)
+        return Augmentation(
+            interpolation=self.interpolation(row),
+            random_crop=subset.random_crop,
+            flip=subset.flip_aug,
+            color=subset.color_aug,
+            face_range=subset.face_crop_aug_range,
+        )
+
+    def view(self, row: int, seed: int, key: SampleKey, *, fixed: bool = False) -> View:
+        """Choose crop, colour and flip of one visit; `fixed` leaves the crop and the colours alone."""
+        augmentation = self.augmentation(row)
+        flipped = augmentation.flip and uniform(seed, "sample", key.epoch, key.position, "flip") < 0.5
+        placement = self.placements[row]
+        if fixed or not augmentation.draws:
+            return View(placement, flipped)
+        return choose_view(
+            placement,
+            augmentation,
+            flipped=flipped,
+            rng=python_random(seed, "sample", key.epoch, key.position, "image"),
+            name=self.table.path(row),
+            size_wh=self.table.size_wh(row),
+        )
+
+    def pixels(self, row: int, view: View) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None]:
+        """Return the picture in a view, uint8 [H,W,3], and its mask, float32 [H,W] in 0..1, or None.
+
+        Raises:
+            BadImage: the picture or its mask cannot be used.
+        """
+        subset, interpolation = self.subset(row), self.interpolation(row)
+        record = self.table.record(row)
+        pixels = load_image(
+            record.path,
+            size_wh=record.size_wh,
+            orientation=record.orientation,
+            alpha=subset.alpha_mask,
+            enough_wh=view.placement.resized_wh,
+            max_pixels=self.reading.max_pixels,
+        )
+        pixels = apply_view(pixels, view, interpolation)
+        mask = mask_of(pixels[:, :, 3]) if pixels.shape[2] == 4 else self.mask_image(row, view)
+        return pixels[:, :, :3], mask
+
+    def mask_image(self, row: int, view: View) -> NDArray[np.float32] | None:
+        """Return the red channel of the row's mask picture, with the geometry of `view`; None without one.
+
+        Raises:
+            BadImage: the mask cannot be used.
+        """
+        path = self.table.mask_path(row)
+        if path is None:
+            return None
+        orientation = None if self.reading.exif_transpose else 1
+        pixels = load_image(path, orientation=orientation, max_pixels=self.reading.max_pixels)
+        return mask_of(apply_view(pixels, replace(view, recolor=None), self.interpolation(row))[:, :, 0])
+
+    def latent_need(self, row: int) -> LatentNeed:
+        """Return what the latent cache must hold for a table row."""
+        placement, subset = self.placements[row], self.subset(row)
+        scale = self.family.latent_downscale
+        return LatentNeed(
+            record=self.table.record(row),
+            placement=placement,
+            shape=(self.family.latent_channels, placement.bucket_wh[1] // scale, placement.bucket_wh[0] // scale),
+            interpolation=self.interpolation(row),
+            flip=subset.flip_aug,
+            mask=subset.alpha_mask,
+        )
+
+
+class BatchDataset:
+    """Map-style data set for torch's loader whose items are whole batches."""
+
+    def __init__(self, catalogue: Catalogue, seed: int, total_steps: int) -> None:
+        """Prepare to serve.
+
+        Args:
+            catalogue: what there is.
+            seed: of the run.
+            total_steps: length of the run in updates (captions may warm up over a share of it).
+        """
+        self.catalogue = catalogue
+        self.seed = seed
+        self._pipelines = {
+            subset.index: CaptionPipeline(subset, total_steps) for spec in catalogue.specs for subset in spec.subsets
+        }
+
+    def __getitem__(self, key: BatchKey) -> Batch:
+        """Load one micro-batch; a bad entry is replaced, never raised."""
+        fault_point("loader.worker")
+        return collate(key, [self._sample(sample) for sample in key.samples])
+
+    def caption(self, row: int, key: SampleKey) -> str:
+        """Return the caption as it is served at this visit."""
+        pipeline = self._pipelines[int(self.catalogue.table.subsets[row])]
+        rng = python_random(self.seed, "sample", key.epoch, key.position, "caption")
+        return pipeline.process(self.catalogue.table.caption(row), rng, epoch=key.epoch + 1, step=key.step)
+
+    def _sample(self, key: SampleKey) -> Sample:
+        tried: list[int] = []
+        problem = ""
+        for row in self._candidates(key):
+            if row in tried:
+                continue
+            tried.append(row)
+            try:
+                sample = self._load(row, key)
+            except (BadImage, BrokenCache) as error:
+                reason = error.reason if isinstance(error, BadImage) else str(error)
+                problem = problem or f"{self.catalogue.table.key(row)}: {reason}"
+                _log.debug("replacing %s: %s", self.catalogue.table.path(row), reason)
+                continue
+            return replace(sample, replaced_because=problem) if problem else sample
+        return self._blank(tried[0], key, problem)
+
+    def _candidates(self, key: SampleKey) -> Any:
+        """Yield the wanted row, then others of its bucket by derived choice."""
+        yield key.index
+        catalogue = self.catalogue
+        same = np.all(catalogue.placements.bucket_wh == catalogue.placements.bucket_wh[key.index], axis=1)
+        members = np.flatnonzero(same & (catalogue.table.datasets == catalogue.table.datasets[key.index]))
+        for attempt in range(_TRIES):
+            choice = derive(self.seed, "sample", key.epoch, key.position, "replacement", attempt)
+            yield int(members[choice % len(members)])
+
+    def _load(self, row: int, key: SampleKey) -> Sample:
+        catalogue = self.catalogue
+        pixels: NDArray[np.float32] | None = None
+        latents: NDArray[np.float32] | None = None
+        if catalogue.latents is None or catalogue.family.needs_pixels:
+            view = catalogue.view(row, self.seed, key, fixed=catalogue.latents is not None)
+            raw, mask = catalogue.pixels(row, view)
+            pixels = normalise(raw)
+        else:
+            view = catalogue.view(row, self.seed, key, fixed=True)
+        if catalogue.latents is not None:
+            cached = catalogue.latents.read(row, flipped=view.flipped, with_mask=catalogue.subset(row).alpha_mask)
+            latents = cached.latents
+            mask = cached.mask if cached.mask is not None else catalogue.mask_image(row, view)
+        sample = self._described(row, key, view)
+        return replace(sample, pixels=pixels, latents=latents, mask=mask)
+
+    def _described(self, row: int, key: SampleKey, view: View) -> Sample:
+        """Return a sample with everything but arrays."""
+        catalogue = self.catalogue
+        subset, spec = catalogue.subset(row), catalogue.specs[int(catalogue.table.datasets[row])]
+        size, bucket = catalogue.table.size_wh(row), view.placement.bucket_wh
+        caption = self.caption(row, key)
+        top_left = sdxl_crop_top_left(size, bucket, flipped=view.flipped)
+        sample = Sample(
+            key=replace(key, index=row),
+            record_key=catalogue.table.key(row),
+            caption=caption,
+            loss_weight=catalogue.prior_loss_weight if catalogue.table.is_reg[row] else 1.0,
+            original_size_wh=size,
+            crop_top_left=top_left,
+            target_size_wh=bucket,
+            flipped=view.flipped,
+            network_multiplier=spec.network_multiplier,
+            custom_attributes=subset.custom_attributes,
+        )
+        if catalogue.texts is not None:
+            return replace(sample, text_arrays=catalogue.texts.read(row, caption))
+        encoded = [tokenizer.encode(caption) for tokenizer in catalogue.tokenizers]
+        weights = tuple(weight for _, weight in encoded)
+        return replace(
+            sample,
+            token_ids=tuple(ids for ids, _ in encoded),
+            token_weights=None if any(weight is None for weight in weights) else weights,
+        )
+
+    def _blank(self, row: int, key: SampleKey, problem: str) -> Sample:
+        """Return a sample that counts nothing: no image of this bucket can be read."""
+        catalogue = self.catalogue
+        view = View(catalogue.placements[row])
+        sample = replace(self._described(row, key, view), loss_weight=0.0, replaced_because=f"{problem} (left blank)")
+        width, height = view.placement.bucket_wh
+        if catalogue.latents is None or catalogue.family.needs_pixels:
+            sample.pixels = np.zeros((3, height, width), np.float32)
+        if catalogue.latents is not None:
+            sample.latents = np.zeros(catalogue.latent_need(row).shape, np.float32)
+        return sample
+
+
+def collate(key: BatchKey, samples: Sequence[Sample]) -> Batch:
+    """Stack samples of one bucket. Masks are made of ones where only some samples have one."""
+    import torch
+
+    def stack(arrays: Sequence[Any]) -> Any:
+        return None if any(array is None for array in arrays) else torch.from_numpy(np.stack(arrays))
+
+    first = samples[0]
+    sizes = [
+        (*reversed(sample.original_size_wh), *sample.crop_top_left, *reversed(sample.target_size_wh))
+        for sample in samples
+    ]
+    texts = None
+    if first.text_arrays is not None:
+        texts = {name: stack([(sample.text_arrays or {})[name] for sample in samples]) for name in first.text_arrays}
+    weights = None
+    if all(sample.token_weights is not None for sample in samples) and first.token_weights:
+        weights = tuple(stack(column) for column in zip(*(s.token_weights or () for s in samples), strict=True))
+    return Batch(
+        key=key,
+        captions=tuple(sample.caption for sample in samples),
+        record_keys=tuple(sample.record_key for sample in samples),
+        loss_weight=torch.tensor([sample.loss_weight for sample in samples], dtype=torch.float32),
+        pixels=stack([sample.pixels for sample in samples]),
+        latents=stack([sample.latents for sample in samples]),
+        text_arrays=texts,
+        token_ids=tuple(stack(column) for column in zip(*(sample.token_ids for sample in samples), strict=True)),
+        token_weights=weights,
+        mask=_stack_masks(samples),
+        sizes_hw=torch.tensor(sizes, dtype=torch.int64),
+        network_multiplier=first.network_multiplier,
+        custom_attributes=tuple(sample.custom_attributes for sample in samples),
+        replaced=tuple(sample.replaced_because for sample in samples if sample.replaced_because),
+    )
+
+
+def _stack_masks(samples: Sequence[Sample]) -> Any:
+    import torch
+
+    if all(sample.mask is None for sample in samples):
+        return None
+    width, height = samples[0].target_size_wh
+    ones = np.ones((height, width), np.float32)
+    masks = np.stack([ones if sample.mask is None else sample.mask for sample in samples])
+    return torch.from_numpy(masks[:, None])

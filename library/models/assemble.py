@@ -1,0 +1,87 @@
+"""Builds models around tensors that are already there: nothing is initialised at random, nothing is copied in vain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def build_module(
+    make: Callable[[], Module],
+    tensors: Mapping[str, Tensor],
+    *,
+    what: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Module:
+    """Build a module without storage and give it `tensors` as its weights; frozen, in evaluation mode.
+
+    A tensor that has the right type and device already is taken as it is, so one that is mapped from a file stays
+    mapped: its pages are read when they are first touched.
+
+    Args:
+        make: creates the module; called with the meta device as default, so its initialisation costs nothing.
+        tensors: state dict of the module.
+        what: name of the part for messages, e.g. `U-Net`.
+        device: where the weights shall be.
+        dtype: their floating-point type.
+
+    Raises:
+        UserError: names or shapes do not fit the module.
+    """
+    with torch.device("meta"):
+        module = make()
+    _check_fit(module, tensors, what)
+    placed = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
+    module.load_state_dict(placed, strict=True, assign=True)
+    for holder in module.modules():
+        _restore_buffers(holder, device)
+    module.requires_grad_(False)
+    return module.eval()
+
+
+def _check_fit(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    problems = []
+    for label, names in (
+        ("missing", [name for name in expected if name not in tensors]),
+        ("unexpected", [name for name in tensors if name not in expected]),
+        (
+            "of another shape",
+            [name for name, shape in expected.items() if name in tensors and tuple(tensors[name].shape) != shape],
+        ),
+    ):
+        if names:
+            more = ", ..." if len(names) > 5 else ""
+            problems.append(f"{len(names)} tensors are {label} ({', '.join(names[:5])}{more})")
+    if problems:
+        raise UserError(
+            f"the {what} does not fit its configuration: {'; '.join(problems)}",
+            "The file is incomplete or of another model family.",
+        )
+
+
+def _restore_buffers(module: nn.Module, device: torch.device) -> None:
+    """Give buffers that no file holds their values: CLIP's position numbers are the only ones."""
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        if not buffer.is_meta:
+            continue
+        if name != "position_ids":
+            raise RuntimeError(f"{type(module).__name__}.{name} has no value: teach {__name__} how to make it")
+        module.register_buffer(name, _numbers(buffer, device), persistent=False)
+
+
+def _numbers(like: Tensor, device: torch.device) -> Tensor:
+    return torch.arange(like.shape[-1], device=device).expand(like.shape)
+
+
+def from_config(model_class: Any, config: Mapping[str, Any]) -> Any:
+    """Create a diffusers model from a configuration, whatever bookkeeping entries that holds."""
+    return model_class.from_config(dict(config))

@@ -1,0 +1,71 @@
+"""What trades memory against time without changing results: checkpointing, compilation, memory formats."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+logger = logging.getLogger(__name__)
+
+_BACKEND_NAMES = {"tensort": "tensorrt"}
+"""Names of `--dynamo_backend` that PyTorch spells differently."""
+
+_RECOMPILE_LIMIT = 64
+"""Blocks of all widths share one compiled function; the default of 8 variants would leave most of them uncompiled."""
+
+
+def has_dropout(*modules: nn.Module) -> bool:
+    """Tell whether any of `modules` contains a dropout layer that does something in training mode."""
+    return any(
+        isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0 for module in modules for layer in module.modules()
+    )
+
+
+def enable_gradient_checkpointing(
+    denoiser: nn.Module, text_encoders: tuple[nn.Module, ...] = (), *, preserve_rng_state: bool | None = None
+) -> None:
+    """Recompute the activations of every block in the backward pass.
+
+    Args:
+        denoiser: a diffusers model.
+        text_encoders: encoders of `library.models.clip_text`.
+        preserve_rng_state: draw the same random numbers again when recomputing, which dropout needs and which costs
+            time otherwise. None: if the modules contain a dropout that is on. Adapters with a dropout of their own
+            pass True.
+    """
+    if preserve_rng_state is None:
+        preserve_rng_state = has_dropout(denoiser, *text_encoders)
+
+    def run(block: Any, *inputs: Tensor) -> Any:
+        function = block.__call__ if isinstance(block, nn.Module) else block
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+
+    denoiser.enable_gradient_checkpointing(run)  # type: ignore[operator]
+    for encoder in text_encoders:
+        encoder.enable_gradient_checkpointing(preserve_rng_state=preserve_rng_state)  # type: ignore[operator]
+
+
+def compile_blocks(denoiser: nn.Module, backend: str) -> None:
+    """Compile the blocks that a diffusers model repeats, one graph for all picture sizes.
+
+    Call it when adapters are attached and before the model is wrapped. Compilation itself happens at the first step;
+    recompilations are logged by PyTorch (`TORCH_LOGS=recompiles`).
+    """
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _RECOMPILE_LIMIT)
+    denoiser.compile_repeated_blocks(backend=_BACKEND_NAMES.get(backend, backend), dynamic=True)  # type: ignore[operator]
+
+
+def use_channels_last(denoiser: nn.Module) -> None:
+    """Lay convolution weights out channels last, which convolutions in half precision on CUDA want."""
+    denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def allow_tf32(enabled: bool) -> None:
+    """Let matrix products and convolutions in float32 use TensorFloat-32 on GPUs that have it."""
+    torch.backends.cuda.matmul.allow_tf32 = enabled
+    torch.backends.cudnn.allow_tf32 = enabled

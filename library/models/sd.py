@@ -1,0 +1,235 @@
+"""Stable Diffusion 1.x and 2.x: U-Net and VAE of diffusers, CLIP of transformers."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from library.contracts import Condition
+from library.models.assemble import build_module, from_config
+from library.models.clip_text import TextEncoder, build_text_encoder, check_clip_skip, encode_tokens
+from library.models.family import WeightPlan
+from library.models.memory import compile_blocks, enable_gradient_checkpointing
+from library.models.sd_attention import choose_attention, name_attention_modules, set_attention
+from library.models.tokenizer import ClipTokenizer, tokenizers_for
+from library.models.vae import ImageCoder
+
+if TYPE_CHECKING:
+    from library.checkpoints.load import LoadedParts
+    from library.contracts import Batch, FamilySpec
+    from library.draws import Draws
+    from library.models.options import MemoryOptions, ModelOptions, TextOptions
+
+logger = logging.getLogger(__name__)
+
+
+class StableDiffusion:
+    """The model family of SD 1.x and 2.x; see `library.models.family.ModelFamily`."""
+
+    def __init__(
+        self,
+        spec: FamilySpec,
+        text: TextOptions,
+        loaded: LoadedParts,
+        weights: WeightPlan,
+    ) -> None:
+        self.spec = spec
+        self.weights = weights
+        self.tokenizers: tuple[ClipTokenizer, ...] = tokenizers_for(spec, text)
+        self.unet = _build_unet(loaded, weights)
+        self.text_encoder: TextEncoder = build_text_encoder(
+            loaded.text_config, loaded.text, device=weights.device, dtype=weights.dtype_of("text_encoder")
+        )
+        self.vae = ImageCoder(loaded.vae, loaded.vae_config, device=weights.device, dtype=weights.vae_dtype)
+        self._skip = check_clip_skip(text.clip_skip, self.text_encoder)
+        self._loaded = loaded
+        self._fingerprints: dict[str, str] = {}
+
+    @classmethod
+    def load(
+        cls,
+        model: ModelOptions,
+        text: TextOptions,
+        memory: MemoryOptions,
+        *,
+        spec: FamilySpec,
+        weights: WeightPlan,
+    ) -> StableDiffusion:
+        """Load a model from a file, a Diffusers folder or a hub id.
+
+        Args:
+            model: what to load.
+            text: how captions become conditions.
+            memory: which attention backend to use.
+            spec: from `library.models.specs.stable_diffusion_spec`.
+            weights: device, types, and which parts are going to train.
+
+        Raises:
+            UserError: the model does not fit its family, or cannot be read.
+        """
+        from library.checkpoints.load import load_parts
+
+        loaded = load_parts(str(model.pretrained_model_name_or_path), spec.name, model.vae)
+        family = cls(spec, text, loaded, weights)
+        set_attention(family.unet, choose_attention(memory, weights.device))
+        return family
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The U-Net."""
+        return self.unet
+
+    @property
+    def text_encoders(self) -> tuple[nn.Module, ...]:
+        """The text encoder."""
+        return (self.text_encoder,)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Return what can be trained, in the reference's order."""
+        return {"unet": self.unet, "text_encoder": self.text_encoder}
+
+    def encode_images(self, pixels: Tensor, draws: Draws) -> Tensor:
+        """Return an unscaled posterior sample [B,4,h,w], float32, for pixels [B,3,H,W] of a training step."""
+        size = self.spec.latent_downscale
+        shape = (self.spec.latent_channels, pixels.shape[-2] // size, pixels.shape[-1] // size)
+        # Only float16 overflows; in the other types nothing is checked, so that a step never waits for the device.
+        check = self.vae.dtype == torch.float16
+        return self.vae.encode(pixels, draws.normal("posterior", shape), check=check)
+
+    def encode_latents(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """Return `mean + std * noise` of the posterior, float32 and unscaled, for a latent cache.
+
+        Batches that overflow in half precision are repeated in float32; rows that are not finite even then are the
+        fault of their picture and are returned as they are.
+        """
+        return self.vae.encode(pixels, noise)
+
+    def scale_latents(self, latents: Tensor) -> Tensor:
+        """Return the latents in the scale in which noise is added."""
+        return latents * self.spec.latent_scale
+
+    def condition(self, batch: Batch, draws: Draws) -> Condition:
+        """Return the text condition of a batch: its cached arrays, or its token ids through the encoder."""
+        if batch.text_arrays is not None:
+            return Condition(hidden=batch.text_arrays[self.spec.text_array_names[0]].to(self.weights.device))
+        return self.encode_text(batch.token_ids, batch.token_weights)
+
+    def encode_text(self, token_ids: tuple[Tensor, ...], weights: tuple[Tensor, ...] | None = None) -> Condition:
+        """Return the condition of token ids ([B,n,L],) and token weights alike or None."""
+        return Condition(hidden=self.text_arrays(token_ids, weights)[self.spec.text_array_names[0]])
+
+    def text_arrays(self, token_ids: tuple[Tensor, ...], weights: tuple[Tensor, ...] | None) -> dict[str, Tensor]:
+        """Return the hidden states [B,S,D] under the name that a text cache gives them."""
+        device = self.weights.device
+        factors = None if weights is None else weights[0].to(device, non_blocking=True)
+        ids = token_ids[0].to(device, non_blocking=True)
+        return {self.spec.text_array_names[0]: encode_tokens(self.text_encoder, ids, factors, skip=self._skip)}
+
+    def denoise(
+        self, noisy: Tensor, t: Tensor, condition: Condition, control: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        """Predict noise or velocity for scaled noisy latents [B,4,h,w] at timesteps t [B].
+
+        Args:
+            noisy: noised latents.
+            t: timesteps.
+            condition: from `condition` or `encode_text`.
+            control: residuals of a ControlNet, by the argument names of diffusers' U-Net.
+        """
+        hidden = condition.hidden
+        if not torch.is_autocast_enabled(noisy.device.type):
+            dtype = self.unet.conv_in.weight.dtype
+            noisy, hidden = noisy.to(dtype), hidden.to(dtype)
+        return self.unet(noisy, t, encoder_hidden_states=hidden, return_dict=False, **(control or {}))[0]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return pixels [B,3,H,W], float32, about in [-1,1], for scaled latents."""
+        return self.vae.decode(latents / self.spec.latent_scale)
+
+    def release_vae(self) -> None:
+        """Free the memory of the VAE; it is built again when it is needed."""
+        self.vae.release()
+
+    def enable_gradient_checkpointing(self, *, preserve_rng_state: bool | None = None) -> None:
+        """Recompute activations of U-Net and text encoder in the backward pass."""
+        enable_gradient_checkpointing(self.unet, self.text_encoders, preserve_rng_state=preserve_rng_state)
+
+    def compile(self, backend: str) -> None:
+        """Compile the transformer blocks of the U-Net; call it when adapters are attached."""
+        compile_blocks(self.unet, backend)
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that never get a gradient: those of text layers that `--clip_skip` leaves out."""
+        layers = self.text_encoder.layers
+        return [parameter for layer in layers[len(layers) - self._skip :] for parameter in layer.parameters()]
+
+    def fingerprint(self, part: str) -> str:
+        """Return a hash of the loaded weights of `part` (`vae`, `text_encoder`, `unet`), names and types included.
+
+        For the VAE only the encoder counts: that is what latents depend on.
+        """
+        if part not in self._fingerprints:
+            self._fingerprints[part] = _hash_tensors(self._fingerprinted(part))
+        return self._fingerprints[part]
+
+    def save(
+        self,
+        target: Path,
+        kind: str | None,
+        precision: torch.dtype | None,
+        metadata: dict[str, str] | None,
+        *,
+        epoch: int,
+        step: int,
+    ) -> Path:
+        """Write the model for use.
+
+        Parts that did not train are written as they were read, whatever type they have in memory.
+
+        Args:
+            target: path without suffix.
+            kind: `ckpt`, `safetensors`, `diffusers` or `diffusers_safetensors`; None: the kind of the source.
+            precision: type of the written weights; None: as they are.
+            metadata: header entries of a safetensors file.
+            epoch: epochs done, for `.ckpt`.
+            step: updates done, for `.ckpt`.
+
+        Returns:
+            The file or folder that was written.
+        """
+        raise NotImplementedError
+
+    def _fingerprinted(self, part: str) -> dict[str, Tensor]:
+        source = {"unet": self._loaded.unet, "text_encoder": self._loaded.text, "vae": self._loaded.vae}[part]
+        if part != "vae":
+            return dict(source)
+        return {name: tensor for name, tensor in source.items() if name.startswith(("encoder.", "quant_conv."))}
+
+
+def _build_unet(loaded: LoadedParts, weights: WeightPlan) -> Any:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    unet = build_module(
+        lambda: from_config(UNet2DConditionModel, loaded.unet_config),
+        loaded.unet,
+        what="U-Net",
+        device=weights.device,
+        dtype=weights.dtype_of("unet"),
+    )
+    name_attention_modules(unet)
+    return unet
+
+
+def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()[:32]

@@ -1,0 +1,253 @@
+"""CLIP's byte-pair tokenizer over the vocabulary in `library/assets`, without torch, transformers or a network.
+
+Text is split at special tokens first; every piece between them is repaired (ftfy), freed of surplus white space,
+lower-cased and encoded. Ids are laid out in chunks of 77: start, 75 tokens of text, end.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from library.errors import UserError
+from library.models.attention_syntax import parse_attention
+
+if TYPE_CHECKING:
+    from library.contracts import FamilySpec, TokenizerSpec
+    from library.models.options import TextOptions
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+START_ID, END_ID = 49406, 49407
+VOCABULARY_SIZE = 49408
+CHUNK = 77
+BODY = CHUNK - 2
+"""Tokens of text in a chunk."""
+
+VOCABULARY_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "clip_vocab"
+
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_SPACE = re.compile(r"\s+")
+
+
+class ClipTokenizer:
+    """Turns a caption into ids and weights; cheap to pickle and safe to share between threads.
+
+    Args:
+        spec: padding and name.
+        max_token_length: None for 75 tokens of text, else 150 or 225.
+        weighted: read attention weights in captions.
+        pad: fill up to the full length. Without, a caption is one chunk [1,L] that ends with its end token, L <= 77;
+            whoever stacks captions fills shorter ones with `spec.pad_id` up to the longest of the batch. Hidden states
+            before the padding do not depend on it, since CLIP only looks back.
+        extra_tokens: further tokens, with the ids from 49408 on; they are found before anything else in a caption.
+    """
+
+    def __init__(
+        self,
+        spec: TokenizerSpec,
+        max_token_length: int | None = None,
+        *,
+        weighted: bool = False,
+        pad: bool = True,
+        extra_tokens: Sequence[str] = (),
+    ) -> None:
+        if not pad and max_token_length is not None:
+            raise UserError(
+                "captions of more than one chunk of 75 tokens are always padded",
+                "Leave out one of the two options.",
+                where="--no_token_padding with --max_token_length",
+            )
+        self.spec = spec
+        self.max_token_length = max_token_length
+        self.weighted = weighted
+        self.pad = pad
+        self.extra_tokens = tuple(extra_tokens)
+        self.length = CHUNK if max_token_length is None else max_token_length + 2
+        self._special = {START: START_ID, END: END_ID}
+        if spec.pad_text is not None:
+            self._special[spec.pad_text] = spec.pad_id
+        self._special.update({token: VOCABULARY_SIZE + index for index, token in enumerate(self.extra_tokens)})
+        self._splitter = _splitter(self._special)
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks of a padded caption."""
+        return max(1, (self.length - 2) // BODY)
+
+    @property
+    def size(self) -> int:
+        """Number of ids, extra tokens included."""
+        return VOCABULARY_SIZE + len(self.extra_tokens)
+
+    def for_prompts(self, max_token_length: int | None, *, weighted: bool) -> ClipTokenizer:
+        """Return a tokenizer for prompts: the same vocabulary and extra tokens, always padded."""
+        return ClipTokenizer(self.spec, max_token_length, weighted=weighted, extra_tokens=self.extra_tokens)
+
+    def with_tokens(self, tokens: Iterable[str]) -> ClipTokenizer:
+        """Return a tokenizer that knows `tokens` too, after the extra tokens of this one.
+
+        Raises:
+            UserError: a token exists already.
+        """
+        added = tuple(tokens)
+        for index, token in enumerate(added):
+            if not token.strip() or token in self._special or token in added[:index] or token + "</w>" in vocabulary():
+                raise UserError(f"the token {token!r} is already in the vocabulary", "Choose a new word.")
+        return ClipTokenizer(
+            self.spec,
+            self.max_token_length,
+            weighted=self.weighted,
+            pad=self.pad,
+            extra_tokens=self.extra_tokens + added,
+        )
+
+    def token_ids(self, text: str) -> list[int]:
+        """Return the ids of all tokens of `text`: no start, end or padding, nothing cut off."""
+        ids: list[int] = []
+        for piece in self._splitter.split(text):
+            special = self._special.get(piece)
+            if special is not None:
+                ids.append(special)
+            elif piece:
+                ids.extend(_plain_ids(piece))
+        return ids
+
+    def weighted_ids(self, text: str) -> tuple[list[int], list[float]]:
+        """Return the ids of `text` and a weight for each; without `weighted` all weights are 1."""
+        if not self.weighted:
+            ids = self.token_ids(text)
+            return ids, [1.0] * len(ids)
+        ids, weights = [], []
+        for piece, weight in parse_attention(text):
+            found = self.token_ids(piece)
+            ids.extend(found)
+            weights.extend([weight] * len(found))
+        return ids, weights
+
+    def token_count(self, text: str) -> int:
+        """Return how many tokens `text` has; those beyond `length - 2` are cut off by `encode`."""
+        return len(self.weighted_ids(text)[0])
+
+    def encode(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
+        """Return ids int64 [n,77] and weights float32 [n,77] (None unless weighted); [1,L] where nothing is padded."""
+        body, factors = self.weighted_ids(text)
+        body, factors = body[: self.length - 2], factors[: self.length - 2]
+        missing = self.length - 2 - len(body) if self.pad else 0
+        ids = np.array([START_ID, *body, END_ID, *[self.spec.pad_id] * missing], np.int64)
+        weights = np.array([1.0, *factors, 1.0, *[1.0] * missing], np.float32) if self.weighted else None
+        if self.max_token_length is None:
+            return ids[None], None if weights is None else weights[None]
+        return self._cut_ids(ids), None if weights is None else _cut(weights)
+
+    def _cut_ids(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        chunks = _cut(ids)
+        pad = self.spec.pad_id
+        if pad == END_ID:
+            return chunks
+        for chunk in chunks:
+            if chunk[-2] not in (END_ID, pad):
+                chunk[-1] = END_ID
+            if chunk[1] == pad:
+                chunk[1] = END_ID
+        return chunks
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ClipTokenizer) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def __repr__(self) -> str:
+        return f"ClipTokenizer({self.spec.name!r}, {self.max_token_length}, weighted={self.weighted}, pad={self.pad})"
+
+    def _identity(self) -> tuple[Any, ...]:
+        return (self.spec, self.max_token_length, self.weighted, self.pad, self.extra_tokens)
+
+
+def tokenizers_for(spec: FamilySpec, text: TextOptions) -> tuple[ClipTokenizer, ...]:
+    """Return the tokenizers of a family, in the order of its text encoders."""
+    return tuple(
+        ClipTokenizer(one, text.max_token_length, weighted=text.weighted_captions, pad=not text.no_token_padding)
+        for one in spec.tokenizers
+    )
+
+
+def _cut(row: NDArray[Any]) -> NDArray[Any]:
+    """Cut a row of n*75+2 values into [n,77]: every chunk gets the first and the last value around its 75."""
+    body = row[1:-1].reshape(-1, BODY)
+    ends = np.empty((len(body), 1), row.dtype)
+    return np.concatenate([np.full_like(ends, row[0]), body, np.full_like(ends, row[-1])], axis=1)
+
+
+def _splitter(special: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted(special, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+
+def _clean(text: str) -> str:
+    # Printable ASCII without entities is what ftfy leaves alone, and what most captions are.
+    if not (text.isascii() and text.isprintable() and "&" not in text):
+        import ftfy
+
+        text = ftfy.fix_text(text)
+    return _SPACE.sub(" ", text).strip().lower()
+
+
+def _plain_ids(text: str) -> list[int]:
+    encoder = _encoder()
+    cleaned = _clean(text)
+    if "<|" not in cleaned:
+        return encoder.encode(cleaned, add_special_tokens=False).ids
+    # A special token that was written in capitals or as an entity is one word here, as in CLIP's own tokenizer.
+    ids: list[int] = []
+    for word, _ in encoder.pre_tokenizer.pre_tokenize_str(cleaned):
+        ids.extend([_SPECIAL_WORDS[word]] if word in _SPECIAL_WORDS else _word_ids(encoder, word))
+    return ids
+
+
+_SPECIAL_WORDS = {START: START_ID, END: END_ID}
+
+
+def _word_ids(encoder: Any, word: str) -> list[int]:
+    return [token.id for token in encoder.model.tokenize(word)]
+
+
+@lru_cache(maxsize=1)
+def vocabulary() -> dict[str, int]:
+    """Return CLIP's vocabulary: token (with `</w>` at the end of a word) to id.
+
+    Raises:
+        UserError: the file of this installation is damaged.
+    """
+    path = VOCABULARY_FOLDER / "vocab.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot be read ({error})", "Install the toolkit again.", where=str(path)) from error
+    if len(found) != VOCABULARY_SIZE or found.get(END) != END_ID:
+        raise UserError("is not the vocabulary of CLIP", "Install the toolkit again.", where=str(path))
+    return found
+
+
+@lru_cache(maxsize=1)
+def _encoder() -> Any:
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    lines = (VOCABULARY_FOLDER / "merges.txt").read_text(encoding="utf-8").splitlines()
+    merges = [(first, second) for first, second in (line.split() for line in lines[1:] if line)]
+    encoder = Tokenizer(models.BPE(vocab=vocabulary(), merges=merges, end_of_word_suffix="</w>"))
+    words = r"<\|startoftext\|>|<\|endoftext\|>|" + _WORDS
+    encoder.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return encoder

@@ -1,0 +1,128 @@
+"""The image encoder and decoder of a family: built when it is needed, given back when it is not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.models.assemble import build_module, from_config
+
+logger = logging.getLogger(__name__)
+
+_FLAT = 1e-3
+"""A decoded picture whose values differ by less than this is taken for the black picture of an overflow."""
+
+
+class ImageCoder:
+    """An `AutoencoderKL` over tensors that stay in their file until the first picture.
+
+    Args:
+        tensors: state dict in diffusers' names.
+        config: configuration of `AutoencoderKL`.
+        device: where pictures are encoded and decoded.
+        dtype: type of the weights; half precision falls back to float32 for batches that overflow.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.tensors = tensors
+        self.config = config
+        self.device = device
+        self.dtype = dtype
+        self._model: Any = None
+        self._warned = False
+
+    @property
+    def model(self) -> Any:
+        """The `AutoencoderKL`, built now if it was not there."""
+        if self._model is None:
+            from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+            self._model = build_module(
+                lambda: from_config(AutoencoderKL, self.config),
+                self.tensors,
+                what="VAE",
+                device=self.device,
+                dtype=self.dtype,
+            )
+        return self._model
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the model is in memory."""
+        return self._model is not None
+
+    def release(self) -> None:
+        """Free the model; it is built again from its file when it is needed."""
+        if self._model is not None and self.device.type == "cuda":
+            self._model = None
+            torch.cuda.empty_cache()
+        self._model = None
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, noise: Tensor, *, check: bool = True) -> Tensor:
+        """Return `mean + std * noise` of the posterior, float32 and unscaled.
+
+        Args:
+            pixels: [B,3,H,W] in [-1,1].
+            noise: [B,C,h,w] standard normal.
+            check: look for overflow, which waits for the device, and encode such a batch again in float32. Rows that
+                are not finite even then are returned as they are: the picture itself is at fault.
+        """
+        latents = self._encode(pixels, noise)
+        if check and self.dtype != torch.float32 and not bool(latents.isfinite().all()):
+            self._warn("encoding")
+            with self._float32():
+                latents = self._encode(pixels, noise)
+        return latents
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return pixels [B,3,H,W] in float32 for unscaled latents, again in float32 where half precision overflowed."""
+        pixels = self._decode(latents)
+        if self.dtype != torch.float32 and _overflowed(pixels):
+            self._warn("decoding")
+            with self._float32():
+                pixels = self._decode(latents)
+        return pixels
+
+    def _encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        model = self.model
+        posterior = model.encode(pixels.to(self.device, model.dtype), return_dict=False)[0]
+        return posterior.mean.float() + posterior.std.float() * noise.to(self.device, torch.float32)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        model = self.model
+        return model.decode(latents.to(self.device, model.dtype), return_dict=False)[0].float()
+
+    @contextmanager
+    def _float32(self) -> Iterator[None]:
+        """Widen the weights for one batch: what is computed for it must not depend on batches before it."""
+        self.model.to(torch.float32)
+        try:
+            yield
+        finally:
+            self.model.to(self.dtype)
+
+    def _warn(self, action: str) -> None:
+        if not self._warned:
+            logger.warning(
+                "the VAE overflows in %s while %s: such batches are repeated in float32. "
+                "--no_half_vae, or a VAE made for half precision, avoids the repetition",
+                str(self.dtype).removeprefix("torch."),
+                action,
+            )
+        self._warned = True
+
+
+def _overflowed(pixels: Tensor) -> bool:
+    """Tell whether any picture has non-finite values or is one flat colour."""
+    flat = pixels.flatten(1)
+    spread = flat.amax(1) - flat.amin(1)
+    return bool((~(spread > _FLAT)).any() | ~flat.isfinite().all())

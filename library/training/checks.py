@@ -1,0 +1,3 @@
+"""."""
+def check_training(o, world_size): return iter(())
+def warn_training(o): return iter(())

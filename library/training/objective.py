@@ -1,0 +1,176 @@
+"""The training objective of Stable Diffusion: what is added to latents, what is to be predicted, how it is weighted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from library.contracts import Noised
+from library.errors import UserError
+from library.training.noise_schedule import TRAIN_TIMESTEPS, huber_thresholds, loss_weights, noise_schedule
+
+if TYPE_CHECKING:
+    from library.draws import Draws
+    from library.training.options import LossOptions, NoiseOptions
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+class Objective(Protocol):
+    """Noises latents and follows the losses; one of these per family of diffusion models."""
+
+    prediction_type: str
+
+    def noise(self, latents: Tensor, draws: Draws, timesteps: Tensor | int | None = None) -> Noised:
+        """Noise scaled latents [B,C,h,w]; at given timesteps instead of drawn ones for validation."""
+
+    def observe(self, noised: Noised, per_sample: Tensor) -> None:
+        """Take note of the losses [B] of a micro-batch, without waiting for the device."""
+
+    def after_update(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Adapt to what was observed, the same on all ranks; `reduce` sums a tensor over them."""
+
+    def validation_timesteps(self, count: int) -> tuple[int, ...]:
+        """Return `count` timesteps spread evenly over those that are trained."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what must be saved to continue."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state."""
+
+
+class DDPMObjective:
+    """Noise prediction or v-prediction over 1000 timesteps.
+
+    Every draw has a name of its own, so switching an option on changes neither the base noise nor the timesteps.
+
+    Args:
+        prediction_type: "epsilon" or "v_prediction" (Salimans and Ho, arXiv 2202.00512).
+        noise: Options of noise and timesteps.
+        loss: Options of the loss; weights and Huber thresholds are tables over the timesteps.
+        device: Where latents are noised.
+
+    Raises:
+        UserError: if no timestep lies between `--min_timestep` and `--max_timestep`.
+    """
+
+    def __init__(self, prediction_type: str, noise: NoiseOptions, loss: LossOptions, device: torch.device) -> None:
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"unknown prediction type {prediction_type!r}")
+        self.prediction_type = prediction_type
+        self.schedule = noise_schedule(zero_terminal_snr=noise.zero_terminal_snr)
+        self.low, self.high = _timestep_range(noise)
+        self._options = noise
+        signal = self.schedule.alphas_cumprod
+        columns = [signal**0.5, (1.0 - signal) ** 0.5, loss_weights(self.schedule.snr, prediction_type, loss)]
+        if loss.loss_type in ("huber", "smooth_l1"):
+            columns.append(huber_thresholds(signal, loss))
+        # One table, so that one gather fetches all that a sample needs to know of its timestep.
+        self._table = torch.stack(columns, dim=1).to(device)
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """Share of the signal's variance left at each timestep [1000], with zero terminal SNR if that is trained."""
+        return self.schedule.alphas_cumprod
+
+    def noise(self, latents: Tensor, draws: Draws, timesteps: Tensor | int | None = None) -> Noised:
+        """Noise scaled latents [B,C,h,w].
+
+        Args:
+            latents: Scaled latents; the results are float32 whatever their type.
+            draws: Random numbers of this micro-batch.
+            timesteps: [B] int64 on the latents' device, or one for all; drawn when not given.
+        """
+        latents = latents.float()
+        noise = self._base_noise(latents, draws)
+        t = self._timesteps(draws, timesteps, latents)
+        at_t = self._table[t]
+        signal, sigma = at_t[:, 0].view(-1, 1, 1, 1), at_t[:, 1].view(-1, 1, 1, 1)
+        noisy = signal * latents + sigma * self._perturbed(noise, draws)
+        target = noise if self.prediction_type == "epsilon" else signal * noise - sigma * latents
+        return Noised(noisy, t, target, weight=at_t[:, 2], huber_c=at_t[:, 3] if at_t.shape[1] > 3 else None)
+
+    def observe(self, noised: Noised, per_sample: Tensor) -> None:
+        """Nothing to follow: the weights do not depend on the losses."""
+
+    def after_update(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Nothing to adapt."""
+
+    def validation_timesteps(self, count: int) -> tuple[int, ...]:
+        """Return the `count` inner points that divide the trained range evenly: 200, 400, 600, 800 for 4 of 0..1000."""
+        return tuple(self.low + (self.high - self.low) * point // (count + 1) for point in range(1, count + 1))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return an empty dictionary: everything follows from the options."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Accept what `state_dict` returned."""
+
+    def _timesteps(self, draws: Draws, given: Tensor | int | None, latents: Tensor) -> Tensor:
+        if given is None:
+            return draws.integers("timestep", self.low, self.high)
+        if isinstance(given, int):
+            return torch.full((len(latents),), given, dtype=torch.int64, device=latents.device)
+        return given
+
+    def _base_noise(self, latents: Tensor, draws: Draws) -> Tensor:
+        """Return what the model shall recognise as noise: normal, with low frequencies added by options."""
+        noise = draws.normal("noise", latents.shape[1:])
+        if self._options.noise_offset:
+            noise = noise + self._offset_strength(latents, draws) * draws.normal("offset", (latents.shape[1], 1, 1))
+        if self._options.multires_noise_iterations:
+            noise = self._multires(noise, draws)
+        return noise
+
+    def _offset_strength(self, latents: Tensor, draws: Draws) -> Tensor | float:
+        """Return the strength of the channels' offsets: one number, or [B,C,1,1] where it follows the picture."""
+        strength = float(self._options.noise_offset or 0)
+        if self._options.noise_offset_random_strength:
+            strength *= draws.scalar("offset_strength")
+        if not self._options.adaptive_noise_scale:
+            return strength
+        brightness = latents.mean(dim=(2, 3), keepdim=True).abs()
+        return (strength + self._options.adaptive_noise_scale * brightness).clamp(min=0)
+
+    def _multires(self, noise: Tensor, draws: Draws) -> Tensor:
+        """Add noise of ever lower resolution, then bring all to unit deviation over the whole micro-batch."""
+        channels, height, width = noise.shape[1:]
+        discount = self._options.multires_noise_discount
+        for level in range(self._options.multires_noise_iterations or 0):
+            shrink = (2 + 2 * draws.scalar(f"multires_ratio_{level}")) ** level
+            size = (max(1, int(height / shrink)), max(1, int(width / shrink)))
+            coarse = draws.normal(f"multires_{level}", (channels, *size))
+            noise = noise + discount**level * functional.interpolate(coarse, (height, width), mode="bilinear")
+            if 1 in size:
+                break
+        return noise / noise.std()
+
+    def _perturbed(self, noise: Tensor, draws: Draws) -> Tensor:
+        """Return the noise that enters the input: with more of it than the target knows, if asked for.
+
+        Source: Ning et al., "Input Perturbation Reduces Exposure Bias in Diffusion Models" (arXiv 2301.11706).
+        """
+        strength = self._options.ip_noise_gamma
+        if not strength:
+            return noise
+        if self._options.ip_noise_gamma_random_strength:
+            strength *= draws.scalar("ip_noise_strength")
+        return noise + strength * draws.normal("ip_noise", noise.shape[1:])
+
+
+def _timestep_range(noise: NoiseOptions) -> tuple[int, int]:
+    low = noise.min_timestep or 0
+    high = TRAIN_TIMESTEPS if noise.max_timestep is None else noise.max_timestep
+    if not 0 <= low < high <= TRAIN_TIMESTEPS:
+        raise UserError(
+            f"no timestep t with {low} <= t < {high}",
+            f"Give 0 <= min_timestep < max_timestep <= {TRAIN_TIMESTEPS}.",
+            where="--min_timestep/--max_timestep",
+        )
+    return low, high

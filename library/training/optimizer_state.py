@@ -1,0 +1,141 @@
+"""Optimizer and learning rate schedule: taking over what a state holds, exactly or with allowed changes."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from library.training.state_files import StateInfo
+
+_log = logging.getLogger(__name__)
+# States that have the shape of their parameter in every optimizer that has them.
+_SHAPED = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "z", "state1", "state2"})
+_POSITION_KEYS = ("last_epoch", "_step_count", "base_lrs", "_last_lr")
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, state: Any, *, where: str, keep: Collection[str] = ()
+) -> None:
+    """Load `state` (of `state_dict()`, perhaps mapped from a file) into `optimizer`, bit for bit.
+
+    torch casts states to the type of their parameters; what was saved in another type is put back as it was. Nothing
+    remains mapped from the file.
+
+    Args:
+        optimizer: built for the same parameters in the same order.
+        state: what `pickles.load_pickle` returned.
+        where: the file, for messages.
+        keep: group entries that keep their present value (`weight_decay`).
+
+    Raises:
+        UserError: it is the state of another optimizer or another model.
+    """
+    kept = [{name: group[name] for name in keep if name in group} for group in optimizer.param_groups]
+    _check_groups(optimizer, state, where)
+    shapes = [tuple(parameter.shape) for group in optimizer.param_groups for parameter in group["params"]]
+    _check_shapes(state["state"], shapes, where)
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(f"does not fit this optimizer ({error})", _SAME_OPTIMIZER, where=where) from error
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    order = [index for group in state["param_groups"] for index in group["params"]]
+    for index, parameter in zip(order, parameters, strict=True):
+        if parameter in optimizer.state:
+            saved = state["state"].get(index, {})
+            own = optimizer.state[parameter]
+            for name, value in own.items():
+                own[name] = _own_copy(value, saved.get(name) if isinstance(saved, Mapping) else None)
+    for group, values in zip(optimizer.param_groups, kept, strict=True):
+        group.update(values)
+
+
+_SAME_OPTIMIZER = "Resume with the --optimizer_type and --optimizer_args of the saved run"
+
+
+def _check_groups(optimizer: torch.optim.Optimizer, state: Any, where: str) -> None:
+    if not isinstance(state, Mapping) or not isinstance(state.get("state"), Mapping) or "param_groups" not in state:
+        raise UserError("is not the state of an optimizer", _SAME_OPTIMIZER, where=where)
+    try:
+        saved = [len(group["params"]) for group in state["param_groups"]]
+    except (KeyError, TypeError) as error:
+        raise UserError("is not the state of an optimizer", _SAME_OPTIMIZER, where=where) from error
+    now = [len(group["params"]) for group in optimizer.param_groups]
+    if saved != now:
+        what = f"is for {_groups(saved)}, this run has {_groups(now)}"
+        raise UserError(what, "Train the same parts with the same groups of learning rates", where=where)
+
+
+def _groups(counts: Sequence[int]) -> str:
+    return f"{len(counts)} group{'s' * (len(counts) != 1)} of {', '.join(map(str, counts))} parameters"
+
+
+def _check_shapes(states: Mapping[Any, Any], shapes: Sequence[tuple[int, ...]], where: str) -> None:
+    for index, entries in states.items():
+        if not isinstance(index, int) or not 0 <= index < len(shapes) or not isinstance(entries, Mapping):
+            continue
+        for name, value in entries.items():
+            shape = getattr(value, "shape", None)
+            if name in _SHAPED and shape is not None and tuple(shape) != shapes[index] and value.numel() > 1:
+                what = f"is of another model: {name} of parameter {index} is {tuple(shape)}, not {shapes[index]}"
+                raise UserError(what, where=where)
+
+
+def _own_copy(value: Any, saved: Any) -> Any:
+    """Return a state value with memory of its own, and in the type that it was saved in."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        if isinstance(saved, torch.Tensor) and saved.dtype != value.dtype and saved.shape == value.shape:
+            return saved.to(value.device, copy=True)
+        return value.clone() if value.device.type == "cpu" else value
+    if isinstance(value, dict):
+        return {
+            name: _own_copy(item, saved.get(name) if isinstance(saved, Mapping) else None)
+            for name, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_own_copy(item, None) for item in value]
+    return value
+
+
+def take_schedule(schedule: Any, state: Any, info: StateInfo) -> None:
+    """Continue a learning rate schedule where the saved one was.
+
+    Of a reference state only the position and the rates are taken, since its schedule may be of another class and, with
+    several processes, counts several steps per update.
+    """
+    if info.exact:
+        schedule.load_state_dict(state)
+        return
+    rates = [float(rate) for rate in state.get("base_lrs", [])]
+    if rates and hasattr(schedule, "base_lrs") and len(rates) == len(schedule.base_lrs):
+        if rates != [float(rate) for rate in schedule.base_lrs]:
+            _log.warning("the learning rates of the state are used: %s instead of %s", rates, schedule.base_lrs)
+        schedule.base_lrs = rates
+    groups = [
+        {"lr": rate, "initial_lr": rate}
+        for rate in (rates or [group["lr"] for group in schedule.optimizer.param_groups])
+    ]
+    rewind_schedule(schedule, schedule.optimizer, groups, info.position.step)
+
+
+def rewind_schedule(
+    schedule: Any, optimizer: torch.optim.Optimizer, rates: Sequence[Mapping[str, float]], step: int
+) -> None:
+    """Bring a freshly built `schedule` to update `step` with this run's `rates` (of each group)."""
+    for group, values in zip(optimizer.param_groups, rates, strict=True):
+        group.update(values)
+    with warnings.catch_warnings():
+        # torch warns about schedules that are stepped before their optimizer, which is the point here.
+        warnings.simplefilter("ignore")
+        for _ in range(step):
+            schedule.step()

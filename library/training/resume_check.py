@@ -1,0 +1,203 @@
+"""Whether a run may go on from a state: what differs between then and now, and whether the user allowed it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from library.contracts import Position, RunLength
+from library.errors import Problem, UserError
+from library.training.state_files import Identity, StateInfo
+
+_RATES = frozenset({"learning_rate", "learning_rate_te", "unet_lr", "text_encoder_lr"})
+_TOTALS = frozenset({"max_train_steps", "max_train_epochs"})
+_SCHEDULE_TITLE = "schedule"
+_DATA = "data"
+_BASE_MODEL = "base model"
+_MOST_LINES = 12
+_MISSING = "(none)"
+# What to type after --resume_override for an option or a group; everything else is named by itself.
+_SHORT_NAMES = {**dict.fromkeys(_RATES, "lr"), **dict.fromkeys(_TOTALS, "steps"), _SCHEDULE_TITLE: "scheduler"}
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One value that is not what it was; `name` is an option or a path inside the data's fingerprint."""
+
+    group: str
+    name: str
+    saved: Any
+    now: Any
+
+    @property
+    def override(self) -> str:
+        """What `--resume_override` needs to allow this."""
+        if self.group in (_DATA, "subset"):
+            return "data"
+        return _SHORT_NAMES.get(self.name) or _SHORT_NAMES.get(self.group) or self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """The outcome of `compare`: differences that stop the run, differences that were allowed, and remarks."""
+
+    refused: tuple[Difference, ...] = ()
+    allowed: tuple[Difference, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def new_schedule(self) -> bool:
+        """Whether rates and schedule are those of this run, not of the state."""
+        return any(
+            change.group == _SCHEDULE_TITLE or change.name in _RATES or change.name in _TOTALS
+            for change in self.allowed
+        )
+
+    @property
+    def optimizer_arguments(self) -> frozenset[str]:
+        """Names in `--optimizer_args` whose values are those of this run."""
+        names: set[str] = set()
+        for change in self.allowed:
+            if change.name == "optimizer_args":
+                names |= {str(text).partition("=")[0] for text in set(change.saved or ()) ^ set(change.now or ())}
+        return frozenset(names)
+
+    @property
+    def new_data(self) -> bool:
+        """Whether the data set is not what it was, so that positions inside an epoch mean nothing."""
+        return any(change.group in (_DATA, "subset") for change in self.allowed)
+
+    def raise_refused(self, where: str) -> None:
+        """Stop with a table of what differs.
+
+        Raises:
+            UserError: anything differs that was not allowed.
+        """
+        if self.refused:
+            names = " ".join(sorted({change.override for change in self.refused}))
+            what = f"this run differs from the one that was saved:\n{_table(self.refused)}\n"
+            hint = f"Give the saved values, or allow the changes with --resume_override {names}"
+            raise UserError.of([Problem(where, what.rstrip(), hint)])
+
+
+def compare(
+    info: StateInfo,
+    identity: Identity,
+    length: RunLength,
+    allows: Callable[[str, str], bool],
+    *,
+    seed: int | None = None,
+) -> Changes:
+    """Compare a state with this run.
+
+    Args:
+        info: what the state says.
+        identity: of this run, JSON-able.
+        length: of this run.
+        allows: `StateOptions.allows(title of the group, option)`.
+        seed: `--seed` of this run; None takes the state's.
+    """
+    if not info.exact:
+        return Changes()
+    found = [*_options(info, identity, length, seed), *_data(info, identity)]
+    refused = tuple(
+        change for change in found if not allows(change.group, change.name) and not allows("", change.override)
+    )
+    allowed = tuple(change for change in found if change not in refused)
+    return Changes(refused, allowed, tuple(_notes(info, identity, length)))
+
+
+def start_position(info: StateInfo, length: RunLength, changes: Changes) -> Position:
+    """Return where this run goes on: at the same place, or the nearest one before it that its batches have.
+
+    With other data the epoch begins again. With another number of batches per update, the updates done in the epoch are
+    converted, rounding down.
+    """
+    position = info.position
+    if info.length is None:
+        done, inside = divmod(position.step, length.updates_per_epoch)
+        return Position(position.step, done, inside) if position.epoch == 0 else replace(position, update_in_epoch=0)
+    before, now = info.length.micro_batches_per_update, length.micro_batches_per_update
+    inside = position.update_in_epoch * before // now
+    if changes.new_data or inside >= length.updates_per_epoch:
+        inside = 0
+    return replace(position, update_in_epoch=inside)
+
+
+def _options(info: StateInfo, identity: Identity, length: RunLength, seed: int | None) -> Iterator[Difference]:
+    saved, now = info.identity.options, _plain(identity.options)
+    same_batches = info.length is not None and info.length.micro_batches_per_update == length.micro_batches_per_update
+    for title in (*saved, *(title for title in now if title not in saved)):
+        before, after = saved.get(title, {}), now.get(title, {})
+        for name in (*before, *(name for name in after if name not in before)):
+            if before.get(name, _MISSING) == after.get(name, _MISSING):
+                continue
+            if name == "seed" and seed in (None, info.seed):
+                continue
+            if name == "gradient_accumulation_steps" and same_batches:
+                continue
+            yield Difference(title, name, before.get(name, _MISSING), after.get(name, _MISSING))
+
+
+def _data(info: StateInfo, identity: Identity) -> Iterator[Difference]:
+    pairs = ((_DATA, info.identity.data, identity.data), (_BASE_MODEL, info.identity.base_model, identity.base_model))
+    for group, saved, now in pairs:
+        before, after = dict(_flat(saved)), dict(_flat(_plain(now)))
+        if not before or not after:
+            continue
+        for name in (*before, *(name for name in after if name not in before)):
+            if before.get(name, _MISSING) != after.get(name, _MISSING):
+                yield Difference(group, name, before.get(name, _MISSING), after.get(name, _MISSING))
+
+
+def _notes(info: StateInfo, identity: Identity, length: RunLength) -> Iterator[str]:
+    before, after = info.identity.environment, _plain(identity.environment)
+    for name in (*before, *(name for name in after if name not in before)):
+        if before.get(name) != after.get(name):
+            yield f"{name} was {before.get(name)}, is {after.get(name)}: the run continues, but perhaps not bit for bit"
+    if info.length is not None and info.world != length.world_size:
+        text = f"saved by {info.world} processes, resumed by {length.world_size}: not bit-exact"
+        if info.length.micro_batches_per_update != length.micro_batches_per_update:
+            text += "; an update now holds another number of batches, so the order of the samples changes too"
+        yield text
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` as it looks after being stored as JSON (tuples become lists)."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested JSON values with their paths."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _flat(item, f"{path}.{name}" if path else str(name))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _flat(item, f"{path}[{index}]")
+    else:
+        yield path, value
+
+
+def _table(changes: tuple[Difference, ...]) -> str:
+    """Return the differences in columns: name, saved, now."""
+    rows = [("", "saved", "now")]
+    rows += [(_label(change), _short(change.saved), _short(change.now)) for change in changes[:_MOST_LINES]]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    lines = [f"  {row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}".rstrip() for row in rows]
+    if len(changes) > _MOST_LINES:
+        lines.append(f"  ... and {len(changes) - _MOST_LINES} more")
+    return "\n".join(lines)
+
+
+def _label(change: Difference) -> str:
+    if change.group in (_DATA, _BASE_MODEL) and ("." in change.name or "[" in change.name or not change.name.islower()):
+        return f"{change.group}: {change.name}"
+    return f"--{change.name}" if change.group != _BASE_MODEL else f"{change.group}: {change.name}"
+
+
+def _short(value: Any, limit: int = 48) -> str:
+    text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

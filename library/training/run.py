@@ -1,0 +1,167 @@
+"""A training run: processes, device, precision, seed, output folder and signals, from start to clean end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from library.errors import UserError
+from library.files import LockFile, clean_litter
+from library.signals import StopFlag
+from library.training.step import Autocast
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from library.training.options import DistributedOptions, PrecisionOptions, TrainingOptions
+
+logger = logging.getLogger(__name__)
+
+SETUP_TIMEOUT_MINUTES = 120
+"""How long ranks wait for each other by default: one of them may be caching or saving for that long."""
+
+_DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Run:
+    """Context of one run. Inside it the output folder is locked and signals set a flag instead of killing."""
+
+    def __init__(self, opts: TrainingOptions) -> None:
+        self.opts = opts
+        self.accelerator = _make_accelerator(opts.distributed, opts.precision, opts.length.gradient_accumulation_steps)
+        self.device: torch.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.world_size: int = self.accelerator.num_processes
+        self.is_main: bool = self.accelerator.is_main_process
+        self.output_dir = Path(opts.save.output_dir)
+        self.stop = StopFlag()
+        self.mixed_dtype = _DTYPES[opts.precision.mixed_precision]
+        self.autocast = Autocast(self.device, self.mixed_dtype)
+        self.scaler = _make_scaler(self.device, opts.precision)
+        self.seed = opts.length.seed if opts.length.seed is not None else self._fresh_seed()
+        self._cleanup = ExitStack()
+
+    @property
+    def trained_dtype(self) -> torch.dtype:
+        """Type of the trained weights: float32 unless `--full_fp16` or `--full_bf16`."""
+        if self.opts.precision.full_fp16:
+            return torch.float16
+        return torch.bfloat16 if self.opts.precision.full_bf16 else torch.float32
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Type of weights that do not train: the mixed precision type."""
+        return self.mixed_dtype or torch.float32
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """Type of the VAE: float32 with `--no_half_vae`, else that of frozen weights."""
+        return torch.float32 if self.opts.model.no_half_vae else self.frozen_dtype
+
+    def __enter__(self) -> Run:
+        _report_world_size(self.world_size)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        if self.is_main:
+            clean_litter(self.output_dir)
+            name = self.opts.save.output_name or "last"
+            self._cleanup.enter_context(LockFile(self.output_dir / f".{name}.lock"))
+        self._cleanup.enter_context(self.stop)
+        _set_determinism(self.opts.length.deterministic)
+        # Nothing of ours draws from the global generators; third-party code may.
+        torch.manual_seed(self.seed)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._cleanup.close()
+        if self.world_size > 1 and kind is None:
+            self.accelerator.end_training()
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.accelerator.wait_for_everyone()
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's `value` (any picklable object made by us) on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def adopt_seed(self, seed: int) -> None:
+        """Go on with the seed of the state that is being resumed, when the user gave none."""
+        if self.opts.length.seed is None:
+            self.seed = seed
+
+    def _fresh_seed(self) -> int:
+        seed = int(self.broadcast(secrets.randbits(32)))
+        logger.info("no --seed given: this run uses %d", seed)
+        return seed
+
+
+def _make_accelerator(distributed: DistributedOptions, precision: PrecisionOptions, accumulation: int) -> Any:
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    minutes = distributed.ddp_timeout or SETUP_TIMEOUT_MINUTES
+    handlers: list[Any] = [
+        InitProcessGroupKwargs(timeout=timedelta(minutes=minutes)),
+        DistributedDataParallelKwargs(
+            broadcast_buffers=False,
+            gradient_as_bucket_view=distributed.ddp_gradient_as_bucket_view,
+            static_graph=distributed.ddp_static_graph,
+        ),
+    ]
+    plugin = None
+    if distributed.deepspeed:
+        from library.training.deepspeed import make_plugin
+
+        plugin = make_plugin(distributed, accumulation)
+    # The step enters autocast and the loop scales gradients: accelerate places modules and starts processes.
+    mixed = precision.mixed_precision if plugin is not None else "no"
+    return Accelerator(mixed_precision=mixed, kwargs_handlers=handlers, deepspeed_plugin=plugin)
+
+
+def _make_scaler(device: torch.device, precision: PrecisionOptions) -> Any:
+    """Return the loss scaler for float16, or None."""
+    if precision.mixed_precision != "fp16":
+        return None
+    if device.type == "cpu":
+        raise UserError(
+            "float16 training needs a GPU, and none is used here",
+            "Use --mixed_precision bf16 or no.",
+            where="--mixed_precision fp16",
+        )
+    if precision.full_fp16:
+        return _HalfGradientScaler(device.type)
+    return torch.amp.GradScaler(device.type)
+
+
+class _HalfGradientScaler(torch.amp.GradScaler):
+    """A scaler that also unscales float16 gradients, which `--full_fp16` produces and torch refuses."""
+
+    def _unscale_grads_(self, optimizer: Any, inv_scale: Any, found_inf: Any, allow_fp16: bool) -> Any:  # noqa: FBT001
+        return super()._unscale_grads_(optimizer, inv_scale, found_inf, True)
+
+
+def _report_world_size(world_size: int) -> None:
+    requested = int(os.environ.get("WORLD_SIZE", "1"))
+    logger.info("running on %d process%s", world_size, "" if world_size == 1 else "es")
+    if requested != world_size:
+        logger.warning("the launcher asked for %d processes, but %d run", requested, world_size)
+
+
+def _set_determinism(deterministic: bool) -> None:
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False

@@ -1,0 +1,330 @@
+"""Saving everything that a run needs to go on exactly, and loading it again.
+
+The layout is accelerate's, so `accelerator.load_state` reads our folders and we read the reference's; what is ours comes
+in additional files, `resume.json` last. Nothing is registered for checkpointing, since accelerate unpickles such objects
+without protection. Randomness is a function of counters (`library.randomness`); the stored generators serve third-party
+code only.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import random
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from library.checkpoints.pickles import load_pickle
+from library.checkpoints.tensor_files import NonFiniteWeights, all_finite, open_tensors, write_safetensors
+from library.errors import StopTraining, UserError
+from library.files import CannotSave, NewFile, atomic_folder, fault_point, write_bytes, write_json
+from library.training.ranks import Ranks
+from library.training.state_files import (
+    EMA_NUMBERS,
+    EMA_WEIGHTS,
+    FORMAT_VERSION,
+    MANIFEST,
+    OBJECTIVE,
+    OPTIMIZER,
+    SCALER,
+    SCHEDULER,
+    TRAIN_STATE,
+    FileTable,
+    Identity,
+    StateInfo,
+    StoredState,
+    find_state,
+    model_names,
+    next_sequence,
+    read_json,
+    verify_state,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from library.training.resume_check import Changes
+
+__all__ = [
+    "Identity",
+    "Ranks",
+    "StateInfo",
+    "StateParts",
+    "StoredState",
+    "find_state",
+    "load_state",
+    "save_state",
+    "state_bytes",
+    "verify_state",
+]
+
+_log = logging.getLogger(__name__)
+
+
+class Averages(Protocol):
+    """An exponential moving average of weights, as a state needs it."""
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Return the averaged weights."""
+
+    def numbers(self) -> Mapping[str, float | int]:
+        """Return decay and update count."""
+
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Continue from what the other two returned."""
+
+
+class Stateful(Protocol):
+    """Anything with the two methods of torch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what must be saved."""
+
+    def load_state_dict(self, state: Any) -> Any:
+        """Continue from it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateParts:
+    """What a state is made of. `modules` (unwrapped) are in the reference's order: denoiser, then text encoder."""
+
+    modules: Mapping[str, nn.Module]
+    optimizer: torch.optim.Optimizer
+    lr_schedule: Stateful
+    scaler: Stateful | None = None
+    objective: Stateful | None = None
+    ema: Averages | None = None
+
+
+def state_bytes(modules: Mapping[str, nn.Module], per_parameter: float = 2.0) -> int:
+    """Estimate the size of a state: the weights, and `per_parameter` float32 numbers of the optimizer for each."""
+    from itertools import chain
+
+    tensors = chain.from_iterable((*module.parameters(), *module.buffers()) for module in modules.values())
+    return sum(round(tensor.numel() * (tensor.element_size() + 4 * per_parameter)) for tensor in tensors)
+
+
+def save_state(folder: str | Path, parts: StateParts, info: StateInfo, ranks: Ranks | None = None) -> None:
+    """Write a state folder; a collective call. The folder appears complete, or a previous one stays.
+
+    Args:
+        folder: where; its missing parents are made.
+        parts: what to save, between two updates and with schedule-free optimizers in training mode.
+        info: position, seed, identity...; `world` and `modules` are filled in here.
+        ranks: the processes of the run; rank 0 writes.
+
+    Raises:
+        CannotSave: on every rank, when rank 0 could not write.
+        NonFiniteWeights: weights hold NaN or infinity.
+    """
+    ranks = ranks or Ranks()
+    _require_training_mode(parts.optimizer)
+    generators = ranks.gather(_generators(info.position.step))
+    failure: tuple[str, int] | None = None
+    error: StopTraining | None = None
+    if ranks.is_main:
+        filled = replace(info, world=ranks.world, modules=tuple(parts.modules))
+        try:
+            _write_folder(Path(folder), parts, filled, generators)
+        except StopTraining as caught:
+            error, failure = caught, (caught.reason, caught.exit_code)
+    failure = ranks.broadcast(failure)
+    if error is not None:
+        raise error
+    if failure is not None:
+        raise StopTraining(*failure)
+
+
+def load_state(
+    stored: StoredState, parts: StateParts, changes: Changes | None = None, ranks: Ranks | None = None
+) -> StateInfo:
+    """Bring `parts` to where the state was saved; every rank calls it.
+
+    Args:
+        stored: a state that `find_state` or `verify_state` found whole.
+        parts: freshly built for this run's options.
+        changes: what differs from the saved run and was allowed: rates, schedules and arguments that differ keep the
+            values of this run.
+        ranks: the processes of the run; each restores its own generators.
+
+    Raises:
+        UserError: the state does not fit the model or the optimizer, or its weights are not finite.
+    """
+    ranks = ranks or Ranks()
+    if len(stored.info.modules) not in (0, len(parts.modules)):
+        saved, now = len(stored.info.modules), len(parts.modules)
+        hint = "Train the same parts as before (is --stop_text_encoder_training the same?)"
+        raise UserError(f"holds {saved} trained models, this run trains {now}", hint, where=str(stored.folder))
+    for name, module in zip(model_names(len(parts.modules)), parts.modules.values(), strict=True):
+        _load_module(stored.folder / name, module)
+    _load_optimizer(stored, parts, changes)
+    _load_rest(stored, parts)
+    if stored.info.exact:
+        _restore_generators(stored.folder / f"random_states_{ranks.rank}.pkl", ranks.rank < stored.info.world)
+    return stored.info
+
+
+def _write_folder(folder: Path, parts: StateParts, info: StateInfo, generators: list[bytes]) -> None:
+    tensors = {f"{part}.{name}": value for part, names in _weights(parts).items() for name, value in names.items()}
+    if bad := all_finite(tensors):
+        raise NonFiniteWeights(bad, folder)
+    with atomic_folder(folder, size=state_bytes(parts.modules)) as temporary:
+        table = FileTable()
+        try:
+            for path in _write_parts(temporary, parts):
+                table.add(path)
+                fault_point("state.between_files")
+            for rank, data in enumerate(generators):
+                path = temporary / f"random_states_{rank}.pkl"
+                write_bytes(path, data)
+                table.add(path)
+            write_json(temporary / TRAIN_STATE, _train_state(info))
+            table.add(temporary / TRAIN_STATE)
+        finally:
+            files = table.close()
+        sequence = next_sequence(folder, info.output_name)
+        fault_point("state.before_manifest")
+        manifest = {"format_version": FORMAT_VERSION, "sequence": sequence, "info": info.to_json(), "files": files}
+        write_json(temporary / MANIFEST, manifest)
+
+
+def _weights(parts: StateParts) -> dict[str, dict[str, Tensor]]:
+    return {part: module.state_dict() for part, module in parts.modules.items()}
+
+
+def _write_parts(folder: Path, parts: StateParts) -> Iterator[Path]:
+    """Write the tensors, yielding each file when it is complete. The largest comes first, so that it is hashed early."""
+    yield _write_pickle(folder / OPTIMIZER, parts.optimizer.state_dict())
+    for name, weights in zip(model_names(len(parts.modules)), _weights(parts).values(), strict=True):
+        write_safetensors(folder / name, weights, {"format": "pt"})
+        yield folder / name
+    yield _write_pickle(folder / SCHEDULER, parts.lr_schedule.state_dict())
+    if parts.scaler is not None:
+        yield _write_pickle(folder / SCALER, parts.scaler.state_dict())
+    if parts.objective is not None and (state := parts.objective.state_dict()):
+        yield _write_pickle(folder / OBJECTIVE, state)
+    if parts.ema is not None:
+        write_safetensors(folder / EMA_WEIGHTS, parts.ema.tensors(), {"format": "pt"})
+        yield folder / EMA_WEIGHTS
+        write_json(folder / EMA_NUMBERS, dict(parts.ema.numbers()))
+        yield folder / EMA_NUMBERS
+
+
+def _write_pickle(path: Path, value: Any) -> Path:
+    """Write with torch, and see at once that it can be read back without running code."""
+    import torch
+
+    with NewFile(path) as file:
+        torch.save(value, file)
+    try:
+        load_pickle(path)
+    except UserError as error:
+        what = f"the state of this optimizer or schedule cannot be stored safely ({error})"
+        raise CannotSave(what, path.parent.parent / path.name) from error
+    return path
+
+
+def _train_state(info: StateInfo) -> dict[str, Any]:
+    """The reference's file: the epoch of the last update (from 1) and the updates done; the rest is ours."""
+    position = info.position
+    epoch = position.epoch + 1 if position.update_in_epoch else max(1, position.epoch)
+    ours = {"epochs_done": position.epoch, "update_in_epoch": position.update_in_epoch, "seed": info.seed}
+    return {"current_epoch": epoch, "current_step": position.step, **ours}
+
+
+def _require_training_mode(optimizer: torch.optim.Optimizer) -> None:
+    if any(group.get("train_mode") is False for group in optimizer.param_groups):
+        raise ValueError("a schedule-free optimizer must be in training mode while its state is saved")
+
+
+def _load_module(path: Path, module: nn.Module) -> None:
+    """Copy the weights of a file into `module`: same names, same shapes, all finite."""
+    import torch
+
+    stored = dict(open_tensors(path))
+    wanted = module.state_dict()
+    # A buffer that older transformers stored; it follows from the configuration.
+    stored = {name: tensor for name, tensor in stored.items() if not name.endswith("position_ids") or name in wanted}
+    missing, extra = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
+    if missing or extra:
+        what = f"is a state of another model: {len(missing)} tensors missing, {len(extra)} unknown"
+        raise UserError(what, f"For example {(missing + extra)[0]}", where=str(path))
+    for name, tensor in stored.items():
+        if tensor.shape != wanted[name].shape:
+            what = f"is a state of another model: {name} is {tuple(tensor.shape)}, not {tuple(wanted[name].shape)}"
+            raise UserError(what, where=str(path))
+    if bad := all_finite(stored):
+        raise UserError(f"{len(bad)} tensors hold NaN or infinity, for example {bad[0]}", _EARLIER, where=str(path))
+    with torch.no_grad():
+        for name, tensor in stored.items():
+            wanted[name].copy_(tensor)
+
+
+_EARLIER = "Resume from an earlier state"
+
+
+def _load_optimizer(stored: StoredState, parts: StateParts, changes: Changes | None) -> None:
+    from library.training.optimizer_state import load_optimizer_state, rewind_schedule, take_schedule
+
+    optimizer = parts.optimizer
+    rates = [{key: group[key] for key in ("lr", "initial_lr") if key in group} for group in optimizer.param_groups]
+    kept = changes.optimizer_arguments if changes else ()
+    path = stored.folder / OPTIMIZER
+    load_optimizer_state(optimizer, load_pickle(path), where=str(path), keep=kept)
+    if changes is not None and changes.new_schedule:
+        rewind_schedule(parts.lr_schedule, optimizer, rates, stored.info.position.step)
+    else:
+        take_schedule(parts.lr_schedule, load_pickle(stored.folder / SCHEDULER), stored.info)
+
+
+def _load_rest(stored: StoredState, parts: StateParts) -> None:
+    folder = stored.folder
+    for name, part in ((SCALER, parts.scaler), (OBJECTIVE, parts.objective)):
+        if part is not None and (folder / name).exists():
+            part.load_state_dict(load_pickle(folder / name))
+    if parts.scaler is not None and stored.info.exact and not (folder / SCALER).exists():
+        raise UserError("holds no loss scaler", "It was not saved with --mixed_precision fp16", where=str(folder))
+    if parts.ema is not None:
+        if not (folder / EMA_WEIGHTS).exists():
+            raise UserError("holds no averaged weights (EMA)", "Switch EMA off or start anew", where=str(folder))
+        parts.ema.restore(dict(open_tensors(folder / EMA_WEIGHTS)), read_json(folder / EMA_NUMBERS))
+
+
+def _generators(step: int) -> bytes:
+    """Return this process's global random generators as accelerate stores them."""
+    import numpy as np
+    import torch
+
+    states: dict[str, Any] = {
+        "step": step,
+        "random_state": random.getstate(),
+        "numpy_random_seed": np.random.get_state(),
+        "torch_manual_seed": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["torch_cuda_manual_seed"] = torch.cuda.get_rng_state_all()
+    buffer = io.BytesIO()
+    torch.save(states, buffer)
+    return buffer.getvalue()
+
+
+def _restore_generators(path: Path, *, saved: bool) -> None:
+    import numpy as np
+    import torch
+
+    if not saved:
+        return
+    states = load_pickle(path, mmap=False)
+    try:
+        random.setstate(states["random_state"])
+        np.random.set_state(states["numpy_random_seed"])
+        torch.set_rng_state(states["torch_manual_seed"])
+        cuda = states.get("torch_cuda_manual_seed", [])
+        if torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(cuda)
+    except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise UserError(f"holds no random generators ({error})", _EARLIER, where=str(path)) from error

@@ -1,0 +1,80 @@
+"""Fixtures for every test: a tiny random model of the true structure, photographs, no network, one thread."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parent.parent
+PHOTOS = ROOT / "examples" / "photos"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Connections to anything but this machine fail at once."""
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        if self.family == socket.AF_UNIX or (isinstance(address, tuple) and address[0] in ("127.0.0.1", "::1")):
+            return connect(self, address)
+        raise OSError(f"the tests use no network: {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session")
+def one_torch_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, one_torch_thread) -> Path:
+    """A folder for models that several tests only read."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd1(model_folder) -> Path:
+    from library.models.random_models import make_random_sd
+
+    return make_random_sd(model_folder / "tiny_sd1.safetensors", family="sd1")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2(model_folder) -> Path:
+    from library.models.random_models import make_random_sd
+
+    return make_random_sd(model_folder / "tiny_sd2.safetensors", family="sd2")
+
+
+@pytest.fixture
+def photo_folders(tmp_path) -> Path:
+    """A DreamBooth tree: `2_sks duck` with captions and three photographs, `1_sks bear` without captions and two."""
+    tree = tmp_path / "photos"
+    for folder, source, count, captions in (("2_sks duck", "duck", 3, True), ("1_sks bear", "bear", 2, False)):
+        (tree / folder).mkdir(parents=True)
+        for path in sorted((PHOTOS / source).glob("*.jpg"))[:count]:
+            shutil.copy(path, tree / folder / path.name)
+            if captions:
+                shutil.copy(path.with_suffix(".caption"), tree / folder / path.with_suffix(".caption").name)
+    return tree
+
+
+@pytest.fixture
+def regularization_folders(tmp_path) -> Path:
+    """A DreamBooth tree with regularization images: `1_duck` with two photographs."""
+    tree = tmp_path / "regularization"
+    (tree / "1_duck").mkdir(parents=True)
+    for path in sorted((PHOTOS / "robot").glob("*.jpg"))[:2]:
+        shutil.copy(path, tree / "1_duck" / path.name)
+    return tree

@@ -1,0 +1,31 @@
+"""What several test packages share: running train_db.py in this process, and hashing what came out."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+
+def train_db(*argv: object) -> int:
+    """Run train_db.py with a command line; returns the exit status."""
+    import train_db as script
+
+    try:
+        script.main([str(item) for item in argv])
+    except SystemExit as error:
+        return int(error.code or 0)
+    return 0
+
+
+def tensor_digest(path: Path) -> str:
+    """Hash of all tensors of a safetensors file, names and bytes, without the metadata."""
+    import torch
+    from safetensors import safe_open
+
+    digest = hashlib.sha256()
+    with safe_open(path, framework="pt") as file:
+        for name in sorted(file.keys()):
+            tensor = file.get_tensor(name).contiguous()
+            digest.update(f"{name}:{tensor.dtype}".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,63 @@
+"""DreamBooth: train a Stable Diffusion 1.x or 2.x model on folders named <repeats>_<words>.
+
+    accelerate launch train_db.py --pretrained_model_name_or_path=model.safetensors --train_data_dir=photos \
+        --output_dir=trained --resolution=512 --learning_rate=1e-6 --max_train_steps=1600
+
+See docs/train_db.md for a guide and docs/options.md for every option.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from library import cli
+from library.training.options import FullTuneOptions, TrainingOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(TrainingOptions):
+    """Everything that train_db.py accepts."""
+
+    tune: FullTuneOptions
+
+
+def train(opts: Options) -> None:
+    """Data, then model, then the loop: what is cheap to check fails before anything expensive starts."""
+    from library.data.dataset import open_data
+    from library.models.specs import stable_diffusion_spec
+    from library.models.tokenizer import tokenizers_for
+
+    spec = stable_diffusion_spec(opts.model)
+    kinds = ("controlnet",) if opts.data.masked_loss else ("dreambooth",)
+    data = open_data(
+        opts.data, opts.subset, opts.cache, spec=spec, kinds=kinds, tokenizers=tokenizers_for(spec, opts.text)
+    )
+    if opts.data.debug_dataset:
+        from library.data.report import write_report
+
+        write_report(data, opts)
+        return
+
+    from library.inference.render import DiffusionRenderer
+    from library.models.sd import StableDiffusion
+    from library.training.caching import fill_caches
+    from library.training.loop import fit
+    from library.training.methods.full import FullTune
+    from library.training.run import Run
+
+    with Run(opts) as run:
+        family = StableDiffusion.load(
+            opts.model, opts.text, opts.memory, spec=spec, device=run.device, weight_dtype=run.trained_dtype
+        )
+        fill_caches(run, family, data)
+        method = FullTune(family, opts.tune, opts.optimizer.learning_rate, opts.memory)
+        fit(run, family, method, data, opts, renderer=DiffusionRenderer(family))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script with `argv`, or with the command line."""
+    cli.main(Options, train, argv)
+
+
+if __name__ == "__main__":
+    main()
