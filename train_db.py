@@ -28,7 +28,7 @@ def train(opts: Options) -> None:
     from library.models.tokenizer import tokenizers_for
 
     spec = stable_diffusion_spec(opts.model)
-    kinds = ("controlnet",) if opts.data.masked_loss else ("dreambooth",)
+    kinds = ("dreambooth", "controlnet") if opts.data.masked_loss else ("dreambooth",)
     data = open_data(
         opts.data, opts.subset, opts.cache, spec=spec, kinds=kinds, tokenizers=tokenizers_for(spec, opts.text)
     )
@@ -38,25 +38,23 @@ def train(opts: Options) -> None:
         write_report(data, opts)
         return
 
-    from library.inference.render import DiffusionRenderer
     from library.models.sd import StableDiffusion
     from library.training.caching import fill_caches
     from library.training.loop import fit
-    from library.training.methods.full import FullTune
+    from library.training.methods.full import FullTune, trained_parts
     from library.training.run import Run
 
-    with Run(opts) as run:
-        family = StableDiffusion.load(
-            opts.model, opts.text, opts.memory, spec=spec, device=run.device, weight_dtype=run.trained_dtype
-        )
+    with Run(opts, data) as run:
+        weights = run.weight_plan(trained_parts(opts.tune))
+        family = StableDiffusion.load(opts.model, opts.text, opts.memory, spec=spec, weights=weights)
         fill_caches(run, family, data)
-        method = FullTune(family, opts.tune, opts.optimizer.learning_rate, opts.memory)
-        fit(run, family, method, data, opts, renderer=DiffusionRenderer(family))
+        method = FullTune(family, opts.tune, opts.memory, learning_rate=opts.optimizer.learning_rate)
+        fit(run, family, method, data, opts)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script with `argv`, or with the command line."""
-    cli.main(Options, train, argv)
+    cli.main(Options, train, argv=argv)
 
 
 if __name__ == "__main__":

@@ -38,10 +38,10 @@ logger = logging.getLogger(__name__)
 
 
 def main(
-    options_class: type[SetClass], train: Callable[[SetClass], object], *, argv: Sequence[str] | None = None
+    options_class: type[SetClass], train: Callable[[SetClass], object], argv: Sequence[str] | None = None
 ) -> NoReturn:
-    """Run an entry script and end the process with its exit status."""
-    status = run_script(options_class, train, argv=argv)
+    """Run an entry script and end the process with its exit status; see `run_script`."""
+    status = run_script(options_class, train, argv)
     sys.stdout.flush()
     sys.stderr.flush()
     if status != 0 and os.environ.get("WORLD_SIZE", "1") != "1":
@@ -52,7 +52,7 @@ def main(
 
 
 def run_script(
-    options_class: type[SetClass], train: Callable[[SetClass], object], *, argv: Sequence[str] | None = None
+    options_class: type[SetClass], train: Callable[[SetClass], object], argv: Sequence[str] | None = None
 ) -> int:
     """Parse the options, check them, call `train` with them, and return the exit status.
 

@@ -82,13 +82,13 @@ def normal_rows(
     seeds = list(seeds)
     device = torch.device(device)
     noise = torch.empty(len(seeds), *shape, dtype=torch.float32, device=device)
-    generator = _generator(device)
+    generator = generator_for(device)
     for row, seed in zip(noise.unbind(0), seeds, strict=True):
         row.normal_(generator=generator.manual_seed(seed))
     return noise if dtype == torch.float32 else noise.to(dtype)
 
 
-def _generator(device: torch.device) -> torch.Generator:
+def generator_for(device: torch.device) -> torch.Generator:
     """Return this thread's generator for `device`; making one anew for each draw would cost more than the draw."""
     generators: dict[torch.device, torch.Generator] | None = getattr(_local, "generators", None)
     if generators is None:

@@ -14,6 +14,7 @@ from library.errors import UserError
 MAX_REPEATS = 5
 """A kind of warning is shown this often; after that it is only counted."""
 
+_HANDLER = "sd-finetune-toolkit"
 OUR_LOGGERS = ("library", "networks", "finetune", "tools", "__main__")
 
 
@@ -146,7 +147,7 @@ def set_up(level: str | None = None, file: str | None = None, *, simple: bool = 
     if rank > 0:
         ours = max(ours, logging.WARNING)
     root = logging.getLogger()
-    for handler in [handler for handler in root.handlers if getattr(handler, "is_ours", False)]:
+    for handler in [handler for handler in root.handlers if handler.name == _HANDLER]:
         root.removeHandler(handler)
         handler.close()
     root.addHandler(_make_handler(file if rank == 0 else None, rank=rank, simple=simple))
@@ -170,5 +171,5 @@ def _make_handler(file: str | None, *, rank: int, simple: bool) -> logging.Handl
     style = f"{prefix}%(message)s" if simple else f"{prefix}%(asctime)s %(levelname)-7s %(message)s"
     handler.setFormatter(SafeFormatter(style, datefmt="%Y-%m-%d %H:%M:%S"))
     handler.addFilter(RepeatFilter(summary.warnings))
-    handler.is_ours = True  # type: ignore[attr-defined]
+    handler.set_name(_HANDLER)
     return handler

@@ -11,7 +11,6 @@ import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar
 
@@ -160,27 +159,31 @@ def switched_on(value: Any) -> bool:
     return value is not None and value is not False and value not in (0, "", ())
 
 
-@cache
+_DECLARED: dict[type, tuple[Option, ...]] = {}
+
+
 def options_of(group: type[OptionGroup]) -> tuple[Option, ...]:
     """Return the options that a group declares, in order."""
+    if group not in _DECLARED:
+        _DECLARED[group] = tuple(_read_declarations(group))
+    return _DECLARED[group]
+
+
+def _read_declarations(group: type[OptionGroup]) -> Iterator[Option]:
     hints = typing.get_type_hints(group)
-    found = []
     for item in dataclasses.fields(group):
         notes: Notes = item.metadata[_NOTES]
         annotation, optional = split_optional(hints[item.name])
-        found.append(
-            Option(
-                name=notes.get("flag") or item.name,
-                field_name=item.name,
-                title=group.group_title,
-                annotation=annotation,
-                optional=optional,
-                default=item.default,
-                notes=notes,
-                resume_default=group.group_resume,
-            )
+        yield Option(
+            name=notes.get("flag") or item.name,
+            field_name=item.name,
+            title=group.group_title,
+            annotation=annotation,
+            optional=optional,
+            default=item.default,
+            notes=notes,
+            resume_default=group.group_resume,
         )
-    return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +241,7 @@ class OptionSet:
     def build(cls: type[SetClass], values: Mapping[str, Any], **extra: Any) -> SetClass:
         """Return an instance with `values` (by option name); options that are absent keep the script's default."""
         options = cls.options()
-        groups = {}
+        groups: dict[str, Any] = {}
         for name, group in cls.groups().items():
             fields = {}
             for option in options_of(group):
@@ -267,7 +270,6 @@ class OptionSet:
     def warn_together(self) -> Iterator[Problem]:
         """Yield what is suspicious between groups; scripts override this."""
         return iter(())
-
 
     def check_folders(self) -> Iterator[Problem]:
         """Yield what is wrong with the folders that the run writes to; may create them. Scripts override this."""

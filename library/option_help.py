@@ -34,7 +34,9 @@ def help_text(options_class: type[OptionSet]) -> str:
 
 def group_headings(options_class: type[OptionSet]) -> dict[str, str]:
     """Return title -> one sentence about the group, in order."""
-    return {group.group_title: (inspect.getdoc(group) or "").split("\n")[0] for group in options_class.groups().values()}
+    return {
+        group.group_title: (inspect.getdoc(group) or "").split("\n")[0] for group in options_class.groups().values()
+    }
 
 
 def _entry(option: Option, width: int) -> list[str]:

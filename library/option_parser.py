@@ -192,9 +192,7 @@ def _refuse_unknown(name: str, offered: Mapping[str, Option], reading: Reading) 
         reading.refuse(where, "unknown option", hint, about=near)
 
 
-def _read_config_file(
-    config: str, offered: Mapping[str, Option], typed: Mapping[str, Any], reading: Reading
-) -> None:
+def _read_config_file(config: str, offered: Mapping[str, Option], typed: Mapping[str, Any], reading: Reading) -> None:
     from library.config_file import read_config
 
     try:
@@ -262,7 +260,7 @@ def _converted(option: Option, value: Any, *, from_file: bool) -> Any:
 def _check_range(option: Option, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
-    low, high, above = (option.notes.get(key) for key in ("at_least", "at_most", "more_than"))
+    low, high, above = option.notes.get("at_least"), option.notes.get("at_most"), option.notes.get("more_than")
     if low is not None and high is not None and not low <= value <= high:
         raise BadValue(f"must be between {low} and {high}, got {value}")
     if low is not None and value < low:

@@ -28,7 +28,8 @@ NO_EFFECT_IN: dict[str, dict[str, NoEffect]] = {
 _BY_OWNER = {
     "training networks (train_network.py)": """
         network_module network_dim network_alpha network_dropout network_args network_weights dim_from_weights
-        network_train_unet_only network_train_text_encoder_only scale_weight_norms base_weights base_weights_multiplier
+        network_train_unet_only network_train_text_encoder_only scale_weight_norms base_weights
+        base_weights_multiplier
         unet_lr text_encoder_lr no_metadata training_comment initial_epoch initial_step skip_until_initial_step
         validation_split validation_seed validate_every_n_steps validate_every_n_epochs max_validation_steps
         fp8_base_unet cpu_offload_checkpointing""",
@@ -42,8 +43,8 @@ _BY_OWNER = {
         learning_rate_te1 learning_rate_te2 block_lr fused_optimizer_groups cache_text_encoder_outputs
         cache_text_encoder_outputs_to_disk disable_mmap_load_safetensors text_encoder_batch_size""",
     "Stable Cascade training": """
-        stage_c_checkpoint_path effnet_checkpoint_path text_model_checkpoint_path save_text_model previewer_checkpoint_path
-        adaptive_loss_weight""",
+        stage_c_checkpoint_path effnet_checkpoint_path text_model_checkpoint_path save_text_model
+        previewer_checkpoint_path adaptive_loss_weight""",
     "training of other model families": """
         clip_l clip_g t5xxl t5xxl_device t5xxl_dtype t5xxl_max_token_length ae save_clip save_t5xxl apply_t5_attn_mask
         apply_lg_attn_mask pos_emb_random_crop_rate enable_scaled_pos_embed clip_l_dropout_rate clip_g_dropout_rate
@@ -54,8 +55,9 @@ _BY_OWNER = {
         use_flash_attn use_sage_attn system_prompt cfg_trunc_ratio renorm_cfg chroma model_type""",
     "the kohya_ss interface": """
         noise_offset_type epoch model_list pretrained_model_name LoRA_type sdxl flux1_checkbox sd3_checkbox
-        sdxl_checkbox sdxl_cache_text_encoder_outputs sdxl_no_half_vae additional_parameters extra_accelerate_launch_args
-        num_cpu_threads_per_process num_processes num_machines multi_gpu gpu_ids main_process_port headless
+        sdxl_checkbox sdxl_cache_text_encoder_outputs sdxl_no_half_vae additional_parameters
+        extra_accelerate_launch_args num_cpu_threads_per_process num_processes num_machines multi_gpu
+        gpu_ids main_process_port headless
         reg_data_dir_checkbox save_as_bool logging_dir_checkbox stop_text_encoder_training_pct
         caption_metadata_filename latent_metadata_filename full_path buckets_only generate_caption_database
         generate_image_buckets train_dir image_folder dreambooth use_wandb lr_warmup max_resolution""",

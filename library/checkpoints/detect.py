@@ -127,7 +127,7 @@ def classify(
         in_channels=first[1] if first is not None and len(first) == 4 else None,
         cross_attention_dim=_context_width(shapes),
         missing=_missing_parts(shapes) if family in ("sd1", "sd2") else (),
-        ema_tensors=sum(name.startswith(key_maps.EMA_PREFIX) for name in shapes),
+        ema_tensors=sum(map(key_maps.is_average, shapes)),
     )
 
 
@@ -180,7 +180,7 @@ def _family_of_unet(shapes: Shapes, context: int) -> str:
 
 def _context_width(shapes: Shapes) -> int | None:
     for name, shape in shapes.items():
-        if name.endswith("attn2.to_k.weight") and not name.startswith(key_maps.EMA_PREFIX) and len(shape) == 2:
+        if name.endswith("attn2.to_k.weight") and not key_maps.is_average(name) and len(shape) == 2:
             return shape[1]
     return None
 
@@ -284,7 +284,9 @@ def _inspect_component(path: Path) -> CheckpointInfo:
     family = "unknown"
     if (path / "config.json").is_file():
         name = str(read_json(path / "config.json").get("_class_name", ""))
-        family = {"AutoencoderKL": "vae", "ControlNetModel": "controlnet", "UNet2DConditionModel": "unet"}.get(name, family)
+        family = {"AutoencoderKL": "vae", "ControlNetModel": "controlnet", "UNet2DConditionModel": "unet"}.get(
+            name, family
+        )
     if family == "unknown":
         held = ", ".join(sorted(item.name for item in path.iterdir())[:6]) or "nothing"
         hint = "A Diffusers model has model_index.json and the folders unet, text_encoder, vae, tokenizer, scheduler"

@@ -28,11 +28,13 @@ SMALL_FILES = (
     "tokenizer/tokenizer.json",
 )
 _MAX_SMALL = 16 * 1024**2
-_WEIGHTS = re.compile(r"^(diffusion_pytorch_model|model|pytorch_model)(\.[\w-]+?)??\.(safetensors|bin)(\.index(\.[\w-]+)?\.json)?$")
+_WEIGHTS = re.compile(
+    r"^(diffusion_pytorch_model|model|pytorch_model)(\.[\w-]+?)??\.(safetensors|bin)(\.index(\.[\w-]+)?\.json)?$"
+)
 
 
 def choose_weights(names: Iterable[str]) -> str | None:
-    """Choose among the file names of one component: safetensors before pickles, no variant before ``fp16`` and others."""
+    """Choose among the file names of one component: safetensors before pickles, no variant before ``fp16``, others."""
     candidates = []
     for name in names:
         match = _WEIGHTS.match(name)
@@ -80,7 +82,9 @@ def _open_shards(folder: Path, index: str) -> Mapping[str, Tensor]:
     opened = {}
     for shard in sorted(set(table.values())):
         if not (folder / shard).is_file():
-            raise UserError(f"the shard {shard} is missing", "The model folder is incomplete", where=str(folder / index))
+            raise UserError(
+                f"the shard {shard} is missing", "The model folder is incomplete", where=str(folder / index)
+            )
         opened[shard] = open_tensors(folder / shard)
     lost = [name for name, shard in table.items() if name not in opened[shard]]
     if lost:

@@ -1,6 +1,6 @@
 """What a model file is, from its first bytes: kind by content, and the checked header of a safetensors file.
 
-Light: neither torch nor safetensors is imported, and no tensor is read, so a file can be judged before anything is loaded.
+Light: neither torch nor safetensors is imported and no tensor is read: files can be judged before anything is loaded.
 Format: an unsigned 64-bit little-endian length n, n bytes of JSON, then the tensors without holes.
 """
 
@@ -44,7 +44,7 @@ _DOWNLOAD_AGAIN = "Is the download incomplete? Fetch the file again"
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One entry of a header: dtype name of the format, shape, and the bytes `begin:end` counted from the file's start."""
+    """One entry of a header: dtype name of the format, shape, and the bytes `begin:end` of the whole file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -145,7 +145,9 @@ def read_header(path: str | Path) -> SafetensorsHeader:
 def _read_json_bytes(path: Path, file: BinaryIO, file_size: int) -> bytes:
     length = int.from_bytes(file.read(8), "little")
     if length > MAX_HEADER_BYTES:
-        raise UserError(f"its header claims {length} bytes (limit {MAX_HEADER_BYTES})", _DOWNLOAD_AGAIN, where=str(path))
+        raise UserError(
+            f"its header claims {length} bytes (limit {MAX_HEADER_BYTES})", _DOWNLOAD_AGAIN, where=str(path)
+        )
     if 8 + length > file_size:
         raise _truncated(path, 8 + length, file_size)
     return file.read(length)
@@ -194,7 +196,9 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
     where = str(path)
     if not isinstance(entry, dict):
         raise UserError(f"the header entry of {name!r} is not a table", where=where)
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
     if dtype not in DTYPE_BITS:
         raise UserError(f"tensor {name!r} has the unknown type {dtype!r}", where=where)
     if not _whole_numbers(shape) or len(shape) > MAX_DIMENSIONS:

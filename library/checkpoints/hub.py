@@ -1,18 +1,21 @@
-"""A model's name -> a local path: files and folders as they are, hub ids from the local cache or, once, from the network."""
+"""A model's name -> a local path: files and folders as they are, hub ids from the cache or, once, from the network."""
 
 from __future__ import annotations
 
 import difflib
 import logging
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from library.checkpoints.folders import SMALL_FILES, choose_weights, shard_names
 from library.errors import UserError
 
 _log = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*$")
 _COMPONENTS = ("unet", "text_encoder", "vae")
+_TIMEOUT = 10.0
 
 
 def resolve_model(name: str, option: str = "--pretrained_model_name_or_path") -> Path:
@@ -24,9 +27,9 @@ def resolve_model(name: str, option: str = "--pretrained_model_name_or_path") ->
     path = Path(name).expanduser()
     if path.exists():
         return path.resolve()
-    if not _HUB_ID.match(name):
+    if not _HUB_ID.match(name) or ".." in name:
         raise UserError("no such file or folder", near_names(path), where=f"{option} {name}")
-    return download(name, option)
+    return _from_hub(name, option, near_names(path))
 
 
 def near_names(path: Path) -> str:
@@ -39,6 +42,101 @@ def near_names(path: Path) -> str:
     return f"Did you mean {' or '.join(close)}?" if close else "Check the path"
 
 
-def download(name: str, option: str) -> Path:
-    """Fetch a Diffusers model from the hub, or find it in the cache."""
-    raise UserError("hub download is not there yet", where=f"{option} {name}")
+def wanted_files(names: Iterable[str]) -> list[str]:
+    """Return which files of a hub repository make up a model or a VAE: weights of one kind each, small files."""
+    names = list(names)
+    if "model_index.json" not in names:
+        prefix = "" if "config.json" in names else "vae/"
+        return _component_files(names, prefix)
+    wanted = [name for name in SMALL_FILES if name in names]
+    for component in _COMPONENTS:
+        wanted += [name for name in _component_files(names, f"{component}/") if name not in wanted]
+    return wanted
+
+
+def _component_files(names: Sequence[str], prefix: str) -> list[str]:
+    own = [name[len(prefix) :] for name in names if name.startswith(prefix) and "/" not in name[len(prefix) :]]
+    chosen = choose_weights(own)
+    if chosen is None or "config.json" not in own:
+        return []
+    return [f"{prefix}config.json", f"{prefix}{chosen}"]
+
+
+def _is_complete(folder: Path) -> bool:
+    names = [item.relative_to(folder).as_posix() for item in folder.rglob("*") if item.is_file()]
+    wanted = wanted_files(names)
+    if "model_index.json" in names and not all(f"{part}/config.json" in wanted for part in _COMPONENTS):
+        return False
+    indexes = [folder / name for name in wanted if name.endswith(".json") and ".index." in name]
+    return bool(wanted) and all((index.parent / shard).is_file() for index in indexes for shard in _shards(index))
+
+
+def _shards(index: Path) -> list[str]:
+    return sorted(set(shard_names(index).values()))
+
+
+def _network_errors() -> tuple[type[BaseException], ...]:
+    """Return what the hub client raises: its own errors and those of the HTTP library that it uses."""
+    from huggingface_hub import errors
+
+    found: list[type[BaseException]] = [OSError, ValueError, errors.HfHubHTTPError]
+    try:
+        import httpx
+
+        found.append(httpx.HTTPError)
+    except ImportError:
+        pass
+    return tuple(found)
+
+
+def _from_hub(name: str, option: str, near: str) -> Path:
+    where = f"{option} {name}"
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise UserError("no such file or folder", near, where=where) from error
+    errors = _network_errors()
+    try:
+        cached = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+        if _is_complete(cached):
+            return cached
+    except errors:
+        pass
+    _log.info("%s is no local path; looking for it on the hub", name)
+    try:
+        return _download(name)
+    except errors as error:
+        raise _unreachable(error, where, near) from error
+
+
+def _download(name: str) -> Path:
+    """Fetch a model: one request for its list of files, then each file (interrupted downloads go on)."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    listing = HfApi().model_info(name, timeout=_TIMEOUT)
+    names = [item.rfilename for item in listing.siblings or []]
+    wanted = wanted_files(names)
+    if not wanted:
+        raise UserError("not a Diffusers model: no model_index.json and no VAE", where=name)
+    folder = Path()
+    for filename in wanted:
+        local = Path(hf_hub_download(name, filename, revision=listing.sha, etag_timeout=_TIMEOUT))
+        folder = local.parents[filename.count("/")]
+        if filename.endswith(".json") and ".index." in filename:
+            for shard in _shards(local):
+                inside = str(Path(filename).parent / shard)
+                hf_hub_download(name, inside, revision=listing.sha, etag_timeout=_TIMEOUT)
+    return folder
+
+
+def _unreachable(error: BaseException, where: str, near: str) -> UserError:
+    from huggingface_hub import errors
+
+    what = "local path not found, so it was taken for a hub model"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return UserError(f"{what}, and the hub has none of that name (or it is private)", near, where=where)
+    offline = isinstance(error, errors.OfflineModeIsEnabled)
+    reason = "offline mode is on" if offline else "the hub cannot be reached"
+    command = f"huggingface-cli download {where.split(' ')[-1]}"
+    hint = f"{near} Download it where there is a network ({command}), or give a local file or folder"
+    return UserError(f"{what}, which is not in the local cache, and {reason}", hint, where=where)

@@ -1,7 +1,7 @@
 """Names in checkpoint files <-> names in memory, for the parts of SD1 and SD2, and the few tensors that change shape.
 
 In memory the U-Net and the VAE have diffusers' names and the text encoder has `text_model.` names. The original layout
-numbers the blocks of the U-Net through, so the rules need the number of blocks per level, which they read off the names.
+numbers the blocks of the U-Net through, so the rules need the number of blocks per level, read off the names.
 Light: tensors are touched only by the `*_to_file` and `*_to_memory` functions, which need nothing but their methods.
 """
 
@@ -147,7 +147,7 @@ def _unet_name_to_file(name: str, level: int, attended: set[int]) -> str:
 
 
 def is_projection(name: str) -> bool:
-    """Whether a U-Net tensor is the weight of a transformer's proj_in or proj_out: a convolution in SD1, linear in SD2."""
+    """Whether a U-Net tensor is the weight of a proj_in or proj_out: a convolution in SD1, a matrix in SD2."""
     return bool(re.search(r"attentions\.\d+\.proj_(in|out)\.weight$", name))
 
 
@@ -223,9 +223,19 @@ def is_position_ids(name: str) -> bool:
     return name.endswith("position_ids")
 
 
-def text_name_to_memory(name: str) -> str:
-    """Return a CLIP name with the `text_model.` prefix that some files and transformers >= 5.6 leave out."""
-    return name if name.startswith(TEXT_MODEL) else TEXT_MODEL + name
+def text_name_to_memory(name: str) -> str | None:
+    """Return a CLIP name with the `text_model.` prefix that some files and transformers >= 5.6 leave out.
+
+    None for tensors that a text encoder does not use: position ids, projections, scales.
+    """
+    inner = name.removeprefix(TEXT_MODEL)
+    used = inner.startswith(("embeddings.", "encoder.layers.", "final_layer_norm.")) and not is_position_ids(inner)
+    return TEXT_MODEL + inner if used else None
+
+
+def is_average(name: str) -> bool:
+    """Whether a tensor is part of averaged (EMA) weights, which are neither trained nor saved."""
+    return name.startswith(EMA_PREFIX) or f".{EMA_PREFIX}" in name
 
 
 def openclip_layer(name: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,9 @@ from library.checkpoints.headers import file_kind, read_header
 from library.checkpoints.hub import resolve_model
 from library.checkpoints.parts import LoadedParts, SourceInfo
 from library.checkpoints.pickles import StateDict, load_state_dict
+from library.checkpoints.single_file import Part, Tensors, shapes_of, square_attention, text_part, unet_part, vae_part
 from library.checkpoints.tensor_files import MappedTensors
-from library.errors import Problem, UserError
+from library.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _CARRIED_BYTES = 512 * 1024**2
-Tensors = Mapping[str, "Tensor"]
-Part = tuple[dict[str, "Tensor"], dict[str, Any]]
 
 
 def load_parts(name: str, family: str, vae: str | None = None) -> LoadedParts:
@@ -60,44 +59,14 @@ def load_vae(name: str) -> Part:
     if path.is_dir():
         folder = path if (path / "config.json").is_file() else path / "vae"
         return _folder_vae(folder)
-    return _vae_from_file(_open_file(path).tensors, str(path))
+    return vae_part(_open_file(path).tensors, str(path))
 
 
 def check_size(tensors: Mapping[str, Any], where: str) -> None:
     """Refuse parts too large to be a Stable Diffusion model, before anything is allocated for them."""
-    count = model_configs.parameter_count({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    count = model_configs.parameter_count(shapes_of(tensors))
     if count > model_configs.MAX_PARAMETERS:
         raise UserError(f"has {count} parameters (limit {model_configs.MAX_PARAMETERS})", where=where)
-
-
-def name_problems(
-    part: str, where: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
-) -> list[Problem]:
-    """Compare the names and shapes that a model has with those of a file; counts and the first five of each.
-
-    Returns:
-        Nothing, or one problem for each of: missing, unexpected, wrong shape.
-    """
-    lists = {
-        "are missing": [name for name in expected if name not in found],
-        "are unexpected": [name for name in found if name not in expected],
-        "have another shape": [
-            f"{name} {found[name]} instead of {expected[name]}"
-            for name in expected
-            if name in found and tuple(found[name]) != tuple(expected[name])
-        ],
-    }
-    hint = "Is this the right model, and complete?"
-    return [
-        Problem(where, f"{part}: {len(names)} tensors {what}: {_first(names)}", hint)
-        for what, names in lists.items()
-        if names
-    ]
-
-
-def _first(names: Iterable[str], count: int = 5) -> str:
-    names = list(names)
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 # Single files ------------------------------------------------------------------------------------------------------
@@ -113,15 +82,16 @@ def _load_file(path: Path, name: str, family: str, vae: str | None) -> LoadedPar
     opened = _open_file(path)
     tensors = opened.tensors
     header = getattr(tensors, "header", None)
-    shapes = header.shapes if header else {key: tuple(value.shape) for key, value in tensors.items()}
+    shapes = header.shapes if header else shapes_of(tensors)
     kind = "safetensors" if header else "ckpt"
     info = classify(path, shapes, header.metadata if header else {}, kind=kind)
     require_family(info, family, replaced=("VAE",) if vae else ())
     used: set[str] = set()
-    unet = _unet_from_file(tensors, family, used)
-    text = _text_from_file(tensors, family, used)
-    vae_part = load_vae(vae) if vae else _vae_from_file(tensors, str(path))
-    used.update(key for key in tensors if key.startswith(key_maps.VAE_PREFIX))
+    unet = unet_part(tensors, family, used)
+    text = text_part(tensors, family, used)
+    autoencoder = vae_part(tensors, str(path), used) if vae is None else load_vae(vae)
+    if vae is not None:
+        used.update(key for key in tensors if key.startswith(key_maps.VAE_PREFIX))
     source = SourceInfo(
         name=name,
         path=path,
@@ -131,7 +101,7 @@ def _load_file(path: Path, name: str, family: str, vae: str | None) -> LoadedPar
         metadata=header.metadata if header else {},
         prediction_type=info.prediction_type,
     )
-    return LoadedParts(*unet, *text, *vae_part, source=source)
+    return LoadedParts(*unet, *text, *autoencoder, source=source)
 
 
 def require_family(info: CheckpointInfo, family: str, replaced: tuple[str, ...] = ()) -> None:
@@ -154,60 +124,6 @@ def require_family(info: CheckpointInfo, family: str, replaced: tuple[str, ...] 
         raise UserError(what, "Such models cannot be trained here", where=where)
 
 
-def _unet_from_file(tensors: Tensors, family: str, used: set[str]) -> Part:
-    inner = dict(key_maps.iter_prefixed(tensors, key_maps.UNET_PREFIX))
-    used.update(inner)
-    table = key_maps.unet_to_memory(inner.values())
-    unet = {table[short]: tensors[full] for full, short in inner.items()}
-    return unet, model_configs.unet_config(_shapes(unet), family)
-
-
-def _text_from_file(tensors: Tensors, family: str, used: set[str]) -> Part:
-    text = _text_v2(tensors, used) if family == "sd2" else _text_v1(tensors, used)
-    return text, model_configs.text_config(_shapes(text), family)
-
-
-def _text_v1(tensors: Tensors, used: set[str]) -> dict[str, Tensor]:
-    inner = dict(key_maps.iter_prefixed(tensors, key_maps.TEXT_V1_PREFIX))
-    text = {}
-    for full, short in inner.items():
-        if not key_maps.is_position_ids(short):
-            text[key_maps.text_name_to_memory(short)] = tensors[full]
-            used.add(full)
-    return text
-
-
-def _text_v2(tensors: Tensors, used: set[str]) -> dict[str, Tensor]:
-    inner = dict(key_maps.iter_prefixed(tensors, key_maps.TEXT_V2_PREFIX))
-    layers = key_maps.used_openclip_layers(inner.values())
-    text: dict[str, Tensor] = {}
-    for full, short in inner.items():
-        names = key_maps.openclip_to_memory(short)
-        if not names or key_maps.openclip_layer(short) >= layers:
-            continue
-        used.add(full)
-        if len(names) == 1:
-            text[names[0]] = tensors[full]
-        else:
-            text.update(zip(names, key_maps.split_rows(full, tensors[full]), strict=True))
-    return text
-
-
-def _vae_from_file(tensors: Tensors, where: str) -> Part:
-    inner = dict(key_maps.iter_prefixed(tensors, key_maps.VAE_PREFIX)) or {key: key for key in tensors}
-    wanted = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-    inner = {full: short for full, short in inner.items() if short.startswith(wanted)}
-    if not inner:
-        raise UserError("holds no VAE", "Give a VAE or a full checkpoint", where=where)
-    table = key_maps.vae_to_memory(inner.values())
-    return _vae_part({table[short]: tensors[full] for full, short in inner.items()})
-
-
-def _vae_part(vae: dict[str, Tensor]) -> Part:
-    vae = {name: key_maps.as_matrix(t) if key_maps.is_vae_attention_weight(name) else t for name, t in vae.items()}
-    return vae, model_configs.vae_config(_shapes(vae))
-
-
 def _carry(tensors: Tensors, used: set[str], info: CheckpointInfo) -> dict[str, Tensor]:
     """Keep what no part uses for later saves: copies up to a limit, so that the source may change or vanish."""
     if info.ema_tensors:
@@ -215,16 +131,12 @@ def _carry(tensors: Tensors, used: set[str], info: CheckpointInfo) -> dict[str, 
     carried: dict[str, Tensor] = {}
     room = _CARRIED_BYTES
     for name in tensors:
-        if name in used or name.startswith(key_maps.EMA_PREFIX):
+        if name in used or key_maps.is_average(name):
             continue
         tensor = tensors[name]
         room -= tensor.numel() * tensor.element_size()
         carried[name] = tensor.clone() if room >= 0 else tensor
     return carried
-
-
-def _shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 # Diffusers folders -------------------------------------------------------------------------------------------------
@@ -234,22 +146,21 @@ def _load_folder(path: Path, name: str, family: str, vae: str | None) -> LoadedP
     info = inspect(path)
     require_family(info, family, replaced=("VAE",) if vae else ())
     unet = dict(open_folder_weights(path / "unet"))
-    unet_config = _configured(path / "unet", unet, model_configs.unet_config(_shapes(unet), family))
-    text = {
-        key_maps.text_name_to_memory(key): tensor
-        for key, tensor in open_folder_weights(path / "text_encoder").items()
-        if not key_maps.is_position_ids(key)
-    }
-    text_config = _configured(path / "text_encoder", text, model_configs.text_config(_shapes(text), family))
-    vae_part = load_vae(vae) if vae else _folder_vae(path / "vae")
+    unet_config = _configured(path / "unet", unet, model_configs.unet_config(shapes_of(unet), family))
+    stored = open_folder_weights(path / "text_encoder")
+    names = {key: key_maps.text_name_to_memory(key) for key in stored}
+    text = {name: stored[key] for key, name in names.items() if name is not None}
+    text_config = _configured(path / "text_encoder", text, model_configs.text_config(shapes_of(text), family))
+    autoencoder = _folder_vae(path / "vae") if vae is None else load_vae(vae)
     source = SourceInfo(
         name=name,
         path=path,
         kind="diffusers",
+        carried={f"text_encoder/{key}": stored[key].clone() for key, name in names.items() if name is None},
         files=read_small_files(path, SMALL_FILES),
         prediction_type=info.prediction_type,
     )
-    return LoadedParts(unet, unet_config, text, text_config, *vae_part, source=source)
+    return LoadedParts(unet, unet_config, text, text_config, *autoencoder, source=source)
 
 
 def _configured(folder: Path, tensors: Tensors, derived: dict[str, Any]) -> dict[str, Any]:
@@ -261,5 +172,5 @@ def _configured(folder: Path, tensors: Tensors, derived: dict[str, Any]) -> dict
 def _folder_vae(folder: Path) -> Part:
     raw = open_folder_weights(folder)
     table = key_maps.vae_to_memory(raw)
-    vae, derived = _vae_part({table[name]: tensor for name, tensor in raw.items()})
+    vae, derived = square_attention({table[name]: tensor for name, tensor in raw.items()})
     return vae, _configured(folder, vae, derived)

@@ -1,7 +1,7 @@
 """Configurations of SD1 and SD2 parts, read off tensor shapes, and the constant files of a Diffusers folder.
 
-A single-file checkpoint holds no configuration; everything that shapes cannot tell (numbers of heads, activation, ids) is
-what all models of the family share. Names here are the memory names of `key_maps`. Light.
+A single-file checkpoint holds no configuration; everything that shapes cannot tell (heads, activation, ids) is what all
+models of the family share. Names here are the memory names of `key_maps`. Light.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SPECIAL_TOKENS_V1: dict[str, Any] = {
 
 
 def tokenizer_files(family: str) -> dict[str, dict[str, Any]]:
-    """Return the JSON files of a Diffusers `tokenizer` folder besides vocabulary and merges; SD2 pads with ``!`` (id 0)."""
+    """Return the JSON files of a Diffusers `tokenizer` folder besides vocabulary and merges; SD2 pads with ``!``."""
     pad = "!" if family == "sd2" else "<|endoftext|>"
     return {
         "tokenizer_config.json": {**TOKENIZER_CONFIG_V1, "pad_token": pad},
@@ -101,7 +101,9 @@ def _has(shapes: Shapes, start: str) -> bool:
 
 def _shape(shapes: Shapes, name: str, part: str) -> tuple[int, ...]:
     if name not in shapes:
-        raise UserError(f"the {part} is incomplete: {name!r} is missing", "Is this a Stable Diffusion 1.x or 2.x model?")
+        raise UserError(
+            f"the {part} is incomplete: {name!r} is missing", "Is this a Stable Diffusion 1.x or 2.x model?"
+        )
     return shapes[name]
 
 
@@ -123,7 +125,9 @@ def unet_config(shapes: Shapes, family: str, *, sample_size: int = 64) -> dict[s
     channels = [shape[0] for shape in convolutions]
     context = {shape[-1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")}
     if len(context) != 1:
-        raise UserError(f"the U-Net's cross attention has widths {sorted(context)}", "Is this a Stable Diffusion model?")
+        raise UserError(
+            f"the U-Net's cross attention has widths {sorted(context)}", "Is this a Stable Diffusion model?"
+        )
     linear = any(len(shape) == 2 for name, shape in shapes.items() if name.endswith(".proj_in.weight"))
     down = [_has(shapes, f"down_blocks.{i}.attentions.") for i in range(levels)]
     up = [_has(shapes, f"up_blocks.{i}.attentions.") for i in range(levels)]

@@ -20,7 +20,8 @@ class SourceInfo:
         name: as the user gave it.
         path: the file or folder that was read.
         kind: ``safetensors``, ``ckpt`` or ``diffusers``: the default kind of saved models.
-        carried: tensors of a single file that no part uses (schedule buffers, layer 23 of SD2...), by their file names.
+        carried: tensors that no part uses (schedule buffers, layer 23 of SD2, position ids), by their names in the
+            file; those of a folder have the component in front.
         counters: ``epoch`` and ``global_step`` of a pickled source, which saved ones continue.
         metadata: strings in the header of a safetensors source.
         files: small files of a Diffusers source (scheduler, tokenizer, configurations) by path inside the folder.

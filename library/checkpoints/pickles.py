@@ -1,8 +1,8 @@
 """The only place where a pickle is opened. Nothing in a file is ever executed, and there is no way around that.
 
 Three gates, each of which is enough for an honest file: the archive must look as torch writes it, every global that the
-pickle names must be on the list below, and `torch.load` runs with `weights_only=True`. What is left of training objects in
-old checkpoints (callbacks, configurations) becomes empty objects that keep nothing.
+pickle names must be on the list below, and `torch.load` runs with `weights_only=True`. What is left of training objects
+in old checkpoints (callbacks, configurations) becomes empty objects that keep nothing.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _MEMBER = re.compile(
 )
 _DOWNLOAD_AGAIN = "Is the download incomplete? Fetch the file again"
 _CONVERT = (
-    "It may be malicious, so nothing in it was run. Ask for a safetensors version; its owner can make one, in an environment "
-    "without anything of value, with: safetensors.torch.save_file({k: v.contiguous() for k, v in "
+    "It may be malicious, so nothing in it was run. Ask for a safetensors version; its owner can make one, on "
+    "a machine without anything of value, with: safetensors.torch.save_file({k: v.contiguous() for k, v in "
     "torch.load(FILE, weights_only=False)['state_dict'].items() if hasattr(v, 'shape')}, 'model.safetensors')"
 )
 
@@ -102,7 +102,7 @@ class _Forgotten:
 class StateDict:
     """What a pickled checkpoint holds: tensors by name, whether they were wrapped, and the counters beside them."""
 
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     wrapped: bool = False
     counters: Mapping[str, int] = field(default_factory=dict)
 
@@ -168,7 +168,9 @@ def _check_members(path: Path, members: list[zipfile.ZipInfo]) -> str:
         match = _MEMBER.match(member.filename)
         if match is None:
             hint = "TorchScript and other archives are not checkpoints"
-            raise UserError(f"the archive holds {member.filename!r}, which torch.save does not write", hint, where=str(path))
+            raise UserError(
+                f"the archive holds {member.filename!r}, which torch.save does not write", hint, where=str(path)
+            )
         roots.add(match["root"])
         if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
             raise UserError(f"archive member {member.filename!r} is compressed", where=str(path))
@@ -183,7 +185,7 @@ def _check_members(path: Path, members: list[zipfile.ZipInfo]) -> str:
 
 
 def _globals_of_legacy(path: Path) -> set[str]:
-    """List the globals of the five pickles (magic number, version, system, object, storage keys) of the older format."""
+    """List the globals of the five pickles (magic, version, system, object, storage keys) of the older format."""
     names: set[str] = set()
     try:
         with path.open("rb") as file:

@@ -1,8 +1,8 @@
 """Tensors in files: memory-mapped reading of safetensors and .ckpt, streaming writing, finite checks.
 
 Reading copies nothing: tensors are views of the mapped file (private pages, so writing to one never reaches the file).
-Writing holds one tensor at a time besides what the caller holds. torch is imported when a function needs it, so that the
-header functions stay cheap to import.
+Writing holds one tensor at a time besides what the caller holds. torch is imported when a function needs it, so that
+the header functions stay cheap to import.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _dtype_tables() -> tuple[dict[str, torch.dtype], dict[torch.dtype, str]]:
 class MappedTensors(Mapping[str, "Tensor"]):
     """The tensors of one safetensors file as views of its mapping, made on access.
 
-    Views of a file that another program truncates while it is mapped fault on access; replacing or moving it is harmless.
+    Replacing or moving the file is harmless; truncating it while it is mapped makes later accesses fault.
     """
 
     def __init__(self, header: SafetensorsHeader) -> None:
@@ -110,7 +110,9 @@ class MappedTensors(Mapping[str, "Tensor"]):
         info = self.header.tensors[name]
         dtype = _dtype_tables()[0].get(info.dtype)
         if dtype is None:
-            raise UserError(f"tensor {name!r} has type {info.dtype}, which this torch lacks", where=str(self.header.path))
+            raise UserError(
+                f"tensor {name!r} has type {info.dtype}, which this torch lacks", where=str(self.header.path)
+            )
         if info.begin == info.end:
             return torch.empty(info.shape, dtype=dtype)
         aligned = info.begin % (DTYPE_BITS[info.dtype] // 8) == 0

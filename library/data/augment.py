@@ -1,7 +1,7 @@
 """From decoded pixels to a training sample: one geometry for the image, its alpha channel, its mask and its control.
 
-Order: resize and crop, colour, flip, split alpha, normalise. All choices are made by `choose_view` from a generator that
-the caller derives from (seed, epoch, position); applying a view is a pure function.
+Order: resize and crop, colour, flip, split alpha, normalise. All choices are made by `choose_view` from a generator
+that the caller derives from (seed, epoch, position); applying a view is a pure function.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ def resize(pixels: Pixels, size_wh: tuple[int, int], interpolation: str | None =
         return np.asarray(Image.fromarray(pixels).resize(size_wh, method))
     import cv2
 
-    return cv2.resize(np.ascontiguousarray(pixels), size_wh, interpolation=getattr(cv2, _CV2_NAMES[interpolation]))
+    method = getattr(cv2, _CV2_NAMES[interpolation])
+    return np.asarray(cv2.resize(np.ascontiguousarray(pixels), size_wh, interpolation=method), np.uint8)
 
 
 def normalise(pixels: Pixels) -> NDArray[np.float32]:
@@ -197,7 +198,7 @@ class _HueShift:
         table = ((np.arange(256) + self.amount) % 180).astype(np.uint8)
         hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)
         hsv[:, :, 0] = table[hsv[:, :, 0]]
-        return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+        return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), np.uint8)
 
 
 @dataclass(frozen=True, slots=True)

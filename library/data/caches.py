@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from library.contracts import ImageRecord, Placement
+from library.data.cache_names import LEGACY, CacheRules, LatentNeed, cache_path
 from library.data.npz import BrokenNpz, NpzFile, pack_npz
 from library.errors import UserError
-from library.files import NewFile, atomic_file
+from library.files import atomic_file
+from library.new_file import NewFile
 
 _log = logging.getLogger(__name__)
 
@@ -39,76 +40,14 @@ NO_MIRROR = "mirrored latents missing"
 OTHER_FAMILY = "made for another model family"
 
 FORMAT = 1
-LEGACY = ""
 _META = "meta_json"
 _ARRAYS = ("latents", "latents_flipped", "alpha_mask", "original_size", "crop_ltrb")
 _MAX_META = 1 << 18
 _MAX_KEPT = 1 << 26
-_MAX_NAME = 255
 
 
 class BrokenCache(Exception):
     """A cache entry that cannot be used; `str()` is the reason."""
-
-
-@dataclass(frozen=True, slots=True)
-class CacheRules:
-    """Options of the caches that decide names and validity."""
-
-    suffix: str = "_sd"
-    family: str = ""
-    folder: str | None = None
-    root: str = ""
-    use_hash: bool = False
-    trust_mtime: bool = False
-    skip_check: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class LatentNeed:
-    """What one image needs from its cache file: its variant, and all that the arrays depend on.
-
-    Attributes:
-        record: of the image.
-        placement: resize and crop into the bucket.
-        shape: of the latents, (channels, height, width).
-        interpolation: name of the resize filter, None for the default rule.
-        flip: mirrored latents are needed too.
-        mask: the alpha channel is needed too.
-    """
-
-    record: ImageRecord
-    placement: Placement
-    shape: tuple[int, int, int]
-    interpolation: str | None = None
-    flip: bool = False
-    mask: bool = False
-
-    @property
-    def variant(self) -> str:
-        """Latent size as in array names: height x width."""
-        return f"{self.shape[1]}x{self.shape[2]}"
-
-    @property
-    def mask_shape(self) -> tuple[int, int]:
-        """Shape of the mask: the bucket's (height, width)."""
-        return self.placement.bucket_wh[1], self.placement.bucket_wh[0]
-
-    def provenance(self, rules: CacheRules, vae: str) -> dict[str, Any]:
-        """Return what is written beside the arrays, without the hash of the source."""
-        return {
-            "family": rules.family,
-            "vae": vae,
-            "source_size": self.record.file_size,
-            "source_mtime_ns": self.record.mtime_ns,
-            "orientation": self.record.orientation,
-            "bucket_wh": list(self.placement.bucket_wh),
-            "resized_wh": list(self.placement.resized_wh),
-            "crop_xy": list(self.placement.crop_xy),
-            "resize": self.interpolation or "auto",
-            "dtype": "float32",
-            "posterior": "sample",
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,40 +56,6 @@ class CachedLatents:
 
     latents: NDArray[np.float32]
     mask: NDArray[np.float32] | None = None
-
-
-def cache_path(record: ImageRecord, rules: CacheRules, suffix: str | None = None) -> str:
-    """Return the name of an image's cache file; `suffix=LEGACY` gives `<stem>.npz`, None the family's own name."""
-    suffix = rules.suffix if suffix is None else suffix
-    stem, _ = os.path.splitext(_mirrored(record.path, rules))  # noqa: PTH122 - names may hold bytes that Path changes
-    ending = ".npz" if suffix == LEGACY else f"_{record.size_wh[0]:04d}x{record.size_wh[1]:04d}{suffix}.npz"
-    folder, name = os.path.split(stem)
-    if len(os.fsencode(name)) + len(ending) > _MAX_NAME:
-        mark = hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()
-        name = os.fsencode(name)[: _MAX_NAME - len(ending) - 17].decode("utf-8", "ignore") + "-" + mark
-    return os.path.join(folder, name + ending)  # noqa: PTH118
-
-
-def mirror_root(folders: Iterable[str]) -> str:
-    """Return the folder whose tree `--cache_dir` mirrors: the nearest one above all image folders."""
-    above = [os.path.dirname(os.path.abspath(folder)) for folder in folders]  # noqa: PTH100, PTH120
-    try:
-        return os.path.commonpath(above) if above else ""
-    except ValueError:  # several drives
-        return ""
-
-
-def _mirrored(path: str, rules: CacheRules) -> str:
-    if rules.folder is None:
-        return path
-    whole = os.path.abspath(path)  # noqa: PTH100
-    drive, rest = os.path.splitdrive(whole)
-    inside = drive.replace(":", "") + rest
-    if rules.root:
-        with suppress(ValueError):
-            relative = os.path.relpath(whole, rules.root)
-            inside = inside if relative.startswith("..") else relative
-    return os.path.join(rules.folder, inside.lstrip("/\\"))  # noqa: PTH118
 
 
 def find_valid(

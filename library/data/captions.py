@@ -20,11 +20,14 @@ _OPEN, _CLOSE = "\x01", "\x02"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
-def clean_caption(text: str) -> str:
-    """Unify line ends and remove control characters; tabs and newlines stay."""
+def clean_caption(text: str) -> tuple[str, bool]:
+    """Unify line ends and remove control characters (tabs stay); also tell whether there were any to remove."""
     if text.isprintable():
-        return text
-    return _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+        return text, False
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if _CONTROL.search(text) is None:
+        return text, False
+    return _CONTROL.sub("", text), True
 
 
 class CaptionPipeline:

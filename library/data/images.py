@@ -30,8 +30,25 @@ MAX_FILE_BYTES = 1 << 30
 REDUCE_ABOVE = 89_000_000  # pixels; larger JPEGs are decoded at a half, a quarter or an eighth when that is enough
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "AVIF", "JXL", "GIF", "TIFF")
 
-_PLUGINS = ("JpegImagePlugin", "PngImagePlugin", "WebPImagePlugin", "BmpImagePlugin", "AvifImagePlugin", "GifImagePlugin")
-_DECODING_ERRORS = (OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError, EOFError, struct.error, zlib.error)
+_PLUGINS = (
+    "JpegImagePlugin",
+    "PngImagePlugin",
+    "WebPImagePlugin",
+    "BmpImagePlugin",
+    "AvifImagePlugin",
+    "GifImagePlugin",
+)
+_DECODING_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    TypeError,
+    IndexError,
+    KeyError,
+    EOFError,
+    struct.error,
+    zlib.error,
+)
 _noted: set[str] = set()
 _noted_lock = threading.Lock()
 
@@ -105,20 +122,32 @@ def check_decodable(
         max_pixels: limit checked before anything is allocated.
     """
     try:
-        load_image(path, size_wh=size_wh, orientation=orientation, alpha=True, enough_wh=(64, 64), max_pixels=max_pixels)
+        load_image(
+            path, size_wh=size_wh, orientation=orientation, alpha=True, enough_wh=(64, 64), max_pixels=max_pixels
+        )
     except BadImage as error:
         return error.reason
     return None
 
 
-def image_size(path: str | Path, *, exif_transpose: bool = True, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
-    """Return the upright (width, height) that the header declares, without decoding.
+def image_header(path: str | Path, *, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int, int]:
+    """Return (width, height, EXIF orientation) that the header declares, without decoding; the size is the stored one.
 
     Raises:
         BadImage: for every kind of unusable file.
     """
     with _opened(path, max_pixels) as image:
-        return _upright_size(image.size, orientation_of(image) if exif_transpose else 1)
+        return image.size[0], image.size[1], orientation_of(image)
+
+
+def image_size(path: str | Path, *, exif_transpose: bool = True, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
+    """Return the (width, height) that the header declares, upright if `exif_transpose`, without decoding.
+
+    Raises:
+        BadImage: for every kind of unusable file.
+    """
+    width, height, orientation = image_header(path, max_pixels=max_pixels)
+    return _upright_size((width, height), orientation if exif_transpose else 1)
 
 
 def orientation_of(image: Image) -> int:

@@ -22,8 +22,11 @@ from numpy.typing import NDArray
 
 from library import files
 from library.data import caches
-from library.data.caches import BrokenCache, CachedLatents, CacheRules, LatentNeed
+from library.data.cache_names import LEGACY as OLD_NAME
+from library.data.cache_names import CacheRules, LatentNeed, cache_path
+from library.data.caches import BrokenCache, CachedLatents
 from library.errors import UserError
+from library.new_file import format_bytes
 
 NOWHERE, OWN, LEGACY, OTHER, MEMORY = range(5)
 IN_MEMORY = "kept in memory"
@@ -130,7 +133,7 @@ class LatentMemory:
         except OSError as error:
             files.remove_tree(holder)
             raise UserError(
-                f"cannot reserve {files.format_bytes(total)} for latents in {holder}: {error.strerror or error}",
+                f"cannot reserve {format_bytes(total)} for latents in {holder}: {error.strerror or error}",
                 "Use --cache_latents_to_disk, or point TMPDIR to a larger disk.",
                 where="--cache_latents",
             ) from error
@@ -192,7 +195,7 @@ class LatentSource:
         need, place = self.needs(owner), int(self.places[owner])
         if place == MEMORY and self.memory is not None:
             return _read_slot(self.memory.slot(owner), need, flipped=flipped, with_mask=with_mask)
-        path = caches.cache_path(need.record, self.rules, self._suffix(place))
+        path = cache_path(need.record, self.rules, self._suffix(place))
         try:
             return caches.read_latents(
                 path, need.shape, flipped=flipped, mask_shape=need.mask_shape if with_mask else None
@@ -214,13 +217,15 @@ class LatentSource:
             caches.require_finite(need.record.path, (arrays.get("latents"), arrays.get("latents_flipped")))
             _write_slot(self.memory.slot(row), need, arrays)
         else:
-            caches.write_latents(caches.cache_path(need.record, self.rules), need, self.rules, vae, arrays)
+            caches.write_latents(cache_path(need.record, self.rules), need, self.rules, vae, arrays)
 
     def _suffix(self, place: int) -> str | None:
-        return {LEGACY: caches.LEGACY, OTHER: "_sdxl"}.get(place)
+        return {LEGACY: OLD_NAME, OTHER: "_sdxl"}.get(place)
 
 
-def _parts(slot: NDArray[np.uint8], need: LatentNeed) -> tuple[list[NDArray[Any]], NDArray[np.uint8], NDArray[np.uint8]]:
+def _parts(
+    slot: NDArray[np.uint8], need: LatentNeed
+) -> tuple[list[NDArray[Any]], NDArray[np.uint8], NDArray[np.uint8]]:
     """Split a slot into its latents (plain, mirrored), mask bytes and the byte that marks it filled."""
     size = 4 * prod(need.shape)
     count = 2 if need.flip else 1
@@ -316,7 +321,7 @@ def _look(
         path, place = "", MEMORY
         reason: str | None = IN_MEMORY
         if to_disk:
-            path = caches.cache_path(need.record, rules)
+            path = cache_path(need.record, rules)
             folder = os.path.dirname(path)  # noqa: PTH120
             if folder not in listings:
                 listings[folder] = _names_in(folder)
@@ -331,7 +336,7 @@ def _look(
 
 
 def _place_of(suffix: str, rules: CacheRules) -> int:
-    return OWN if suffix == rules.suffix else LEGACY if suffix == caches.LEGACY else OTHER
+    return OWN if suffix == rules.suffix else LEGACY if suffix == OLD_NAME else OTHER
 
 
 def _names_in(folder: str) -> frozenset[str]:

@@ -75,7 +75,7 @@ class NpzFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file = Path(path).open("rb", buffering=0)
+        self._file = Path(path).open("rb", buffering=0)  # noqa: SIM115 - closed by __exit__
         try:
             self._length = os.fstat(self._file.fileno()).st_size
             self._members = self._directory()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from library import files
 from library.contracts import ImageRecord
+from library.data.array_file import pack_arrays, unpack_arrays
 
 _ENCODING_ERRORS = "surrogatepass"
 
@@ -109,17 +109,15 @@ class RecordTable:
     images cost them nothing, whether they were forked or spawned.
     """
 
-    def __init__(self, columns: Columns, folders: Sequence[tuple[str, str]], *, index_offset: int = 0) -> None:
+    def __init__(self, columns: Columns, folders: Sequence[tuple[str, str]]) -> None:
         """Wrap columns.
 
         Args:
             columns: Equally long columns.
             folders: (path of a directory, its name in keys), what `columns.folders` counts.
-            index_offset: Number of the first row, added to `ImageRecord.index`.
         """
         self.columns = columns
         self.folders = tuple(folders)
-        self.index_offset = index_offset
         self._shared: str | None = None
 
     def __len__(self) -> int:
@@ -204,7 +202,7 @@ class RecordTable:
         """Return one row as an `ImageRecord`."""
         columns = self.columns
         return ImageRecord(
-            index=row + self.index_offset,
+            index=row,
             path=self.path(row),
             key=self.key(row),
             size_wh=self.size_wh(row),
@@ -264,7 +262,7 @@ class RecordTable:
         if self._shared is None:
             folder = tempfile.mkdtemp(prefix="records-")
             path = Path(folder) / "records.bin"
-            files.write_bytes(path, _serialised(self))
+            files.write_bytes(path, pack_arrays({"folders": self.folders}, _arrays(self.columns)))
             self._shared = str(path)
             weakref.finalize(self, _remove_shared, folder, os.getpid())
         return self._shared
@@ -308,40 +306,18 @@ def _arrays(columns: Columns) -> Iterator[tuple[str, NDArray[Any]]]:
             yield column.name, value
 
 
-def _serialised(table: RecordTable) -> Iterable[bytes | memoryview]:
-    """Yield a header line (JSON padded to 64 bytes) and then the arrays, each starting at a multiple of 64."""
-    layout: list[tuple[str, str, int, int]] = []
-    position = 0
-    arrays = list(_arrays(table.columns))
-    for name, array in arrays:
-        layout.append((name, array.dtype.str, len(array), position))
-        position += -(-array.nbytes // 64) * 64
-    header = json.dumps({"folders": table.folders, "offset": table.index_offset, "arrays": layout})
-    data = header.encode("utf-8", _ENCODING_ERRORS) + b"\n"
-    yield data + b" " * (-len(data) % 64)
-    for _name, array in arrays:
-        yield np.ascontiguousarray(array).tobytes()
-        yield bytes(-array.nbytes % 64)
-
-
 def open_shared(path: str) -> RecordTable:
     """Map a table that `share` wrote."""
     with Path(path).open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    end = mapped.find(b"\n") + 1
-    header = json.loads(mapped[:end].decode("utf-8", _ENCODING_ERRORS))
-    start = -(-end // 64) * 64
-    arrays = {
-        name: np.frombuffer(mapped, np.dtype(dtype), length, start + position)
-        for name, dtype, length, position in header["arrays"]
-    }
+    header, arrays = unpack_arrays(mapped, verify=False)
     columns: dict[str, Any] = {}
     for column in fields(Columns):
         if column.name in _TEXT_COLUMNS:
             columns[column.name] = TextColumn(arrays[f"{column.name}.blob"], arrays[f"{column.name}.offsets"])
         else:
             columns[column.name] = arrays[column.name]
-    table = RecordTable(Columns(**columns), [tuple(pair) for pair in header["folders"]], index_offset=header["offset"])
+    table = RecordTable(Columns(**columns), [(folder, key) for folder, key in header["folders"]])
     table._shared = path
     return table
 

@@ -7,7 +7,6 @@ picture or cache entry that turns out bad is replaced by another of its bucket a
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -18,7 +17,8 @@ from numpy.typing import NDArray
 from library.contracts import Batch, BatchKey, FamilySpec, Placement, Sample, SampleKey, Tokenizer
 from library.data.augment import Augmentation, View, apply_view, choose_view, mask_of, normalise
 from library.data.buckets import sdxl_crop_top_left
-from library.data.caches import BrokenCache, LatentNeed
+from library.data.cache_names import LatentNeed
+from library.data.caches import BrokenCache
 from library.data.captions import CaptionPipeline
 from library.data.dataset_spec import DatasetSpec, SubsetSpec
 from library.data.images import MAX_IMAGE_PIXELS, BadImage, load_image
@@ -127,19 +127,26 @@ class Catalogue:
             size_wh=self.table.size_wh(row),
         )
 
-    def pixels(self, row: int, view: View) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None]:
+    def pixels(
+        self, row: int, view: View, *, alpha: bool | None = None
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None]:
         """Return the picture in a view, uint8 [H,W,3], and its mask, float32 [H,W] in 0..1, or None.
+
+        Args:
+            row: of the table.
+            view: crop, colour and flip.
+            alpha: whether the alpha channel is the mask; None asks the subset.
 
         Raises:
             BadImage: the picture or its mask cannot be used.
         """
-        subset, interpolation = self.subset(row), self.interpolation(row)
+        interpolation = self.interpolation(row)
         record = self.table.record(row)
         pixels = load_image(
             record.path,
             size_wh=record.size_wh,
             orientation=record.orientation,
-            alpha=subset.alpha_mask,
+            alpha=self.subset(row).alpha_mask if alpha is None else alpha,
             enough_wh=view.placement.resized_wh,
             max_pixels=self.reading.max_pixels,
         )
@@ -162,16 +169,27 @@ class Catalogue:
 
     def latent_need(self, row: int) -> LatentNeed:
         """Return what the latent cache must hold for a table row."""
-        placement, subset = self.placements[row], self.subset(row)
+        placement = self.placements[row]
+        flip, mask = self.cached_extras(self.subset(row))
         scale = self.family.latent_downscale
         return LatentNeed(
             record=self.table.record(row),
             placement=placement,
             shape=(self.family.latent_channels, placement.bucket_wh[1] // scale, placement.bucket_wh[0] // scale),
             interpolation=self.interpolation(row),
-            flip=subset.flip_aug,
-            mask=subset.alpha_mask,
+            flip=flip,
+            mask=mask,
         )
+
+    def cached_extras(self, subset: SubsetSpec) -> tuple[bool, bool]:
+        """Return whether mirrored latents and masks are cached: wanted by any subset with the same images."""
+        alike = [
+            other
+            for spec in self.specs
+            for other in spec.subsets
+            if (other.image_dir, other.metadata_file) == (subset.image_dir, subset.metadata_file)
+        ]
+        return any(other.flip_aug for other in alike), any(other.alpha_mask for other in alike)
 
 
 class BatchDataset:

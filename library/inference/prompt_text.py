@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from library.contracts import Condition
-from library.models.tokenizer import BODY, renderer_tokenizer
+from library.models.tokenizer import BODY
 
 if TYPE_CHECKING:
     from library.models.family import ModelFamily
@@ -42,7 +42,7 @@ class PromptEncoder:
         """Make tokenizers for pictures, which know the same words as the family's own."""
         self._family = family
         self._tokenizers = tuple(
-            renderer_tokenizer(tokenizer, PICTURE_TOKEN_LENGTH, weighted=True) for tokenizer in family.tokenizers
+            tokenizer.for_prompts(PICTURE_TOKEN_LENGTH, weighted=True) for tokenizer in family.tokenizers
         )
 
     def tokenize(self, text: str) -> TokenizedPrompt:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library.config_file import parse_toml
 from library.errors import Problem, UserError, raise_problems
 from library.inference.samplers import SAMPLER_NAMES
 
@@ -269,8 +270,9 @@ def _read_text(path: Path) -> str:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 at byte {error.start}", "Save the file as UTF-8.", where=str(path)) from error
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", "Check --sample_prompts.", where=str(path)) from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot be read: {reason}", "Check the path.", where=str(path)) from error
 
 
 def _text_entries(path: Path, text: str) -> Iterator[_Entry]:
@@ -280,14 +282,7 @@ def _text_entries(path: Path, text: str) -> Iterator[_Entry]:
 
 
 def _toml_entries(path: Path, text: str) -> list[_Entry]:
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib
-    try:
-        document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UserError(f"not valid TOML: {error}", where=str(path)) from error
+    document = parse_toml(text, path)
     table = document.pop("prompt", {})
     problems = [Problem(str(path), f"unknown key {_shown(key)}", "Prompts stand under [prompt].") for key in document]
     shared = dict(table) if isinstance(table, dict) else {}

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import gc
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from library.checkpoints.tensor_files import all_finite, all_zero
 from library.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_LOOK = 64
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -59,8 +67,7 @@ def _check_fit(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> N
         ),
     ):
         if names:
-            more = ", ..." if len(names) > 5 else ""
-            problems.append(f"{len(names)} tensors are {label} ({', '.join(names[:5])}{more})")
+            problems.append(f"{len(names)} tensors are {label} ({_first(names)})")
     if problems:
         raise UserError(
             f"the {what} does not fit its configuration: {'; '.join(problems)}",
@@ -80,6 +87,45 @@ def _restore_buffers(module: nn.Module, device: torch.device) -> None:
 
 def _numbers(like: Tensor, device: torch.device) -> Tensor:
     return torch.arange(like.shape[-1], device=device).expand(like.shape)
+
+
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    """Keep the garbage collector from walking through all imported modules again and again while models are built."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def check_weights(tensors: Mapping[str, Tensor], where: str, *, allow_nan: bool) -> None:
+    """Refuse weights that are not numbers and warn of matrices that hold nothing but zeros: signs of a damaged file.
+
+    Raises:
+        UserError: some tensors hold NaN or infinity and `allow_nan` is not set.
+    """
+    bad = [] if allow_nan else all_finite(tensors)
+    if bad:
+        raise UserError(
+            f"{len(bad)} tensors hold NaN or infinity ({_first(bad)})",
+            "The file is damaged, or its training failed. --allow_nan_weights loads it all the same, for research.",
+            where=where,
+        )
+    empty = all_zero({name: tensor for name, tensor in tensors.items() if not _starts_with_numbers(tensor)})
+    if empty:
+        logger.warning("%s: %d tensors hold nothing but zeros (%s)", where, len(empty), _first(empty))
+
+
+def _starts_with_numbers(tensor: Tensor) -> bool:
+    """Tell whether a look at a few values settles that a tensor is not all zeros; on a GPU that look would wait."""
+    return tensor.device.type != "cpu" or bool(tensor.reshape(-1)[:_LOOK].any())
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def from_config(model_class: Any, config: Mapping[str, Any]) -> Any:

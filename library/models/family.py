@@ -105,5 +105,6 @@ class ModelFamily(Protocol):
         *,
         epoch: int,
         step: int,
+        zero_terminal_snr: bool = False,
     ) -> Path:
         """Write the model for use and return its path; `target` has no suffix, kind None is that of the source."""

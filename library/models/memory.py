@@ -21,7 +21,9 @@ _RECOMPILE_LIMIT = 64
 def has_dropout(*modules: nn.Module) -> bool:
     """Tell whether any of `modules` contains a dropout layer that does something in training mode."""
     return any(
-        isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0 for module in modules for layer in module.modules()
+        isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0
+        for module in modules
+        for layer in module.modules()
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.checkpoints.parts import ModelParts, SaveSettings
+from library.checkpoints.save import is_folder_kind, save_checkpoint
 from library.models.assemble import from_config
 from library.models.clip_text import make_text_encoder
+from library.models.specs import stable_diffusion_family
 from library.randomness import derive
 
 
@@ -38,21 +40,10 @@ _HEAD_WIDTH = 64
 _VOCABULARY = 49408
 _LATENT_SPREAD = 16.0
 _LATENT_LOG_VARIANCE = -8.0
+_V_SPREAD = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class RandomParts:
-    """State dicts in memory names, with their configurations."""
-
-    unet: dict[str, Tensor]
-    unet_config: dict[str, Any]
-    text: dict[str, Tensor]
-    text_config: dict[str, Any]
-    vae: dict[str, Tensor]
-    vae_config: dict[str, Any]
-
-
-def random_parts(family: str = "sd1", size: str = "tiny", *, seed: int = 0) -> RandomParts:
+def random_parts(family: str = "sd1", size: str = "tiny", *, seed: int = 0) -> ModelParts:
     """Return the parts of a random Stable Diffusion model; equal seeds give equal bits."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -67,7 +58,7 @@ def random_parts(family: str = "sd1", size: str = "tiny", *, seed: int = 0) -> R
         )
     unet, text, vae = (_fill(part, module, seed) for part, module in zip(("unet", "text", "vae"), modules, strict=True))
     _spread_latents(vae)
-    return RandomParts(unet, configs[0], text, configs[1], vae, configs[2])
+    return ModelParts(unet, configs[0], text, configs[1], vae, configs[2])
 
 
 def _fill(part: str, module: nn.Module, seed: int) -> dict[str, Tensor]:
@@ -157,11 +148,25 @@ def make_random_sd(
     """Write a Stable Diffusion model with random weights and return its path.
 
     Args:
-        target: file or folder to write; the suffix is replaced by that of the layout.
+        target: file or folder to write; a file gets the suffix of its layout if it has another one.
         family: `sd1` or `sd2`.
         size: `tiny` (a few megabytes) or `full`.
         layout: `safetensors`, `ckpt`, `diffusers` (`.bin` weights) or `diffusers_safetensors`.
         seed: equal seeds give equal bytes.
         v_prediction: mark the model as one that predicts velocity.
     """
-    raise NotImplementedError
+    spec = stable_diffusion_family(family, v_prediction=v_prediction)
+    target = Path(target)
+    if not is_folder_kind(layout) and target.suffix != f".{layout}":
+        target = target.with_name(f"{target.name}.{layout}")
+    metadata = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": spec.architecture,
+        "modelspec.prediction_type": "v" if v_prediction else "epsilon",
+        "modelspec.title": f"random {size} {family}",
+    }
+    parts = random_parts(family, size, seed=seed)
+    if v_prediction:
+        # By the spread of this tensor other programs tell which prediction an SD2 file makes.
+        parts.unet["up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"].mul_(_V_SPREAD)
+    return save_checkpoint(target, layout, parts, spec=spec, settings=SaveSettings(metadata=metadata))

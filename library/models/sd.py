@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from library.checkpoints.parts import ModelParts, SaveSettings
 from library.contracts import Condition
-from library.models.assemble import build_module, from_config
+from library.models.assemble import build_module, check_weights, collection_paused, from_config
 from library.models.clip_text import TextEncoder, build_text_encoder, check_clip_skip, encode_tokens
 from library.models.family import WeightPlan
 from library.models.memory import compile_blocks, enable_gradient_checkpointing
 from library.models.sd_attention import choose_attention, name_attention_modules, set_attention
+from library.models.specs import check_prediction
 from library.models.tokenizer import ClipTokenizer, tokenizers_for
 from library.models.vae import ImageCoder
 
 if TYPE_CHECKING:
-    from library.checkpoints.load import LoadedParts
+    from library.checkpoints.parts import LoadedParts
     from library.contracts import Batch, FamilySpec
     from library.draws import Draws
     from library.models.options import MemoryOptions, ModelOptions, TextOptions
@@ -38,6 +40,8 @@ class StableDiffusion:
         text: TextOptions,
         loaded: LoadedParts,
         weights: WeightPlan,
+        *,
+        allow_nan: bool = False,
     ) -> None:
         self.spec = spec
         self.weights = weights
@@ -46,9 +50,12 @@ class StableDiffusion:
         self.text_encoder: TextEncoder = build_text_encoder(
             loaded.text_config, loaded.text, device=weights.device, dtype=weights.dtype_of("text_encoder")
         )
-        self.vae = ImageCoder(loaded.vae, loaded.vae_config, device=weights.device, dtype=weights.vae_dtype)
+        self.vae = ImageCoder(
+            loaded.vae, loaded.vae_config, device=weights.device, dtype=weights.vae_dtype, allow_nan=allow_nan
+        )
         self._skip = check_clip_skip(text.clip_skip, self.text_encoder)
         self._loaded = loaded
+        self._allow_nan = allow_nan
         self._fingerprints: dict[str, str] = {}
 
     @classmethod
@@ -75,8 +82,13 @@ class StableDiffusion:
         """
         from library.checkpoints.load import load_parts
 
-        loaded = load_parts(str(model.pretrained_model_name_or_path), spec.name, model.vae)
-        family = cls(spec, text, loaded, weights)
+        with collection_paused():
+            loaded = load_parts(str(model.pretrained_model_name_or_path), spec.name, model.vae)
+            where = loaded.source.name
+            check_prediction(spec, loaded.source.prediction_type, where)
+            family = cls(spec, text, loaded, weights, allow_nan=model.allow_nan_weights)
+        for part, module in family.parts().items():
+            check_weights(module.state_dict(), f"{where} ({part})", allow_nan=model.allow_nan_weights)
         set_attention(family.unet, choose_attention(memory, weights.device))
         return family
 
@@ -126,7 +138,7 @@ class StableDiffusion:
 
     def text_arrays(self, token_ids: tuple[Tensor, ...], weights: tuple[Tensor, ...] | None) -> dict[str, Tensor]:
         """Return the hidden states [B,S,D] under the name that a text cache gives them."""
-        device = self.weights.device
+        device = self.text_encoder.device
         factors = None if weights is None else weights[0].to(device, non_blocking=True)
         ids = token_ids[0].to(device, non_blocking=True)
         return {self.spec.text_array_names[0]: encode_tokens(self.text_encoder, ids, factors, skip=self._skip)}
@@ -187,6 +199,7 @@ class StableDiffusion:
         *,
         epoch: int,
         step: int,
+        zero_terminal_snr: bool = False,
     ) -> Path:
         """Write the model for use.
 
@@ -199,11 +212,30 @@ class StableDiffusion:
             metadata: header entries of a safetensors file.
             epoch: epochs done, for `.ckpt`.
             step: updates done, for `.ckpt`.
+            zero_terminal_snr: the scheduler of a Diffusers folder says that it was trained so.
 
         Returns:
             The file or folder that was written.
         """
-        raise NotImplementedError
+        from library.checkpoints.save import is_folder_kind, save_checkpoint, save_kind
+
+        kind = kind or save_kind(None, use_safetensors=False, source_kind=self._loaded.source.kind)
+        settings = SaveSettings(precision, metadata, epoch, step, zero_terminal_snr, allow_nan=self._allow_nan)
+        return save_checkpoint(
+            target if is_folder_kind(kind) else target.with_name(f"{target.name}.{kind}"),
+            kind,
+            self._current_parts(),
+            spec=self.spec,
+            source=self._loaded.source,
+            settings=settings,
+        )
+
+    def _current_parts(self) -> ModelParts:
+        """Return the weights as they are now; those of frozen parts in the type and place that they were read from."""
+        loaded = self._loaded
+        unet = self.unet.state_dict() if "unet" in self.weights.trained else loaded.unet
+        text = self.text_encoder.state_dict() if "text_encoder" in self.weights.trained else loaded.text
+        return ModelParts(unet, loaded.unet_config, text, loaded.text_config, loaded.vae, loaded.vae_config)
 
     def _fingerprinted(self, part: str) -> dict[str, Tensor]:
         source = {"unet": self._loaded.unet, "text_encoder": self._loaded.text, "vae": self._loaded.vae}[part]

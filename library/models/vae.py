@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.models.assemble import build_module, from_config
+from library.models.assemble import build_module, check_weights, from_config
 
 logger = logging.getLogger(__name__)
 
@@ -26,15 +26,23 @@ class ImageCoder:
         config: configuration of `AutoencoderKL`.
         device: where pictures are encoded and decoded.
         dtype: type of the weights; half precision falls back to float32 for batches that overflow.
+        allow_nan: build it although some weights are not numbers.
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, device: torch.device, dtype: torch.dtype
+        self,
+        tensors: Mapping[str, Tensor],
+        config: Mapping[str, Any],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        allow_nan: bool = False,
     ) -> None:
         self.tensors = tensors
         self.config = config
         self.device = device
         self.dtype = dtype
+        self._allow_nan = allow_nan
         self._model: Any = None
         self._warned = False
 
@@ -44,13 +52,15 @@ class ImageCoder:
         if self._model is None:
             from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-            self._model = build_module(
+            model = build_module(
                 lambda: from_config(AutoencoderKL, self.config),
                 self.tensors,
                 what="VAE",
                 device=self.device,
                 dtype=self.dtype,
             )
+            check_weights(model.state_dict(), "VAE", allow_nan=self._allow_nan)
+            self._model = model
         return self._model
 
     @property

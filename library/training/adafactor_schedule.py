@@ -20,7 +20,7 @@ class AdafactorSchedule(LRScheduler):
         self.initial_lr = initial_lr
         super().__init__(optimizer)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[Any]:
         """Return one learning rate per group: that of the group's first tensor, since each tensor has its own."""
         return [self._rate(group) for group in self.optimizer.param_groups]
 

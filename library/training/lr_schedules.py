@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from library.errors import Problem, UserError, raise_problems
 from library.training.class_lookup import NotFound, import_class, nearest, read_signature
 from library.training.key_values import parse_arguments
-from library.training.optimizers import find_row, optimizer_name, settled_arguments
+from library.training.optimizers import find_row, is_relative_adafactor, optimizer_name
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -29,6 +29,7 @@ Factor = Callable[[int], float]
 """Updates done so far -> factor of the learning rate."""
 
 _ARGS = "--lr_scheduler_args"
+_NO_WARMUP = "drop --lr_warmup_steps."
 _POLYNOMIAL_END = 1e-7
 _DEFAULT_TIMESCALE = 10_000
 
@@ -271,7 +272,7 @@ def _check_curve(
             hint = f"Give --lr_scheduler_min_lr_ratio 0.1, or {_ARGS} min_lr=1e-7."
             yield Problem("--lr_scheduler cosine_with_min_lr", "needs one lowest learning rate", hint)
     for argument, choices in (("warmup_type", _RISES), ("decay_type", _FALLS)):
-        if arguments.get(argument, "linear") not in choices:
+        if arguments.get(argument, "linear") not in tuple(choices):
             yield Problem(_ARGS, f"{argument} must be one of {', '.join(choices)}")
     if name == "piecewise_constant":
         try:
@@ -285,8 +286,7 @@ def _check_warmup(schedule: ScheduleOptions, optimizer: OptimizerOptions) -> Ite
     row = find_row(optimizer_name(optimizer))
     if not schedule.lr_warmup_steps or row.is_schedule_free:
         return
-    relative = row.is_adafactor and settled_arguments(row, parse_arguments(optimizer.optimizer_args, "")[0])
-    if relative and relative["relative_step"]:
+    if is_relative_adafactor(row, parse_arguments(optimizer.optimizer_args, "")[0]):
         what, hint = "Adafactor with relative_step=True", f"Give --optimizer_args warmup_init=True, or {_NO_WARMUP}"
     elif schedule.lr_scheduler_type:
         what, hint = f"--lr_scheduler_type {schedule.lr_scheduler_type}", _NO_WARMUP.capitalize()
@@ -295,9 +295,6 @@ def _check_warmup(schedule: ScheduleOptions, optimizer: OptimizerOptions) -> Ite
     else:
         return
     yield Problem("--lr_warmup_steps", f"there is no warm-up with {what}", hint)
-
-
-_NO_WARMUP = "drop --lr_warmup_steps."
 
 
 def _class_path(schedule: ScheduleOptions) -> str:

@@ -11,14 +11,15 @@ from library.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from library.training.state_files import StateInfo
 
 _log = logging.getLogger(__name__)
 # States that have the shape of their parameter in every optimizer that has them.
 _SHAPED = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "z", "state1", "state2"})
-_POSITION_KEYS = ("last_epoch", "_step_count", "base_lrs", "_last_lr")
+# Which implementation of an optimizer runs is a matter of this machine, not of the state.
+_IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
+_SAME_OPTIMIZER = "Resume with the --optimizer_type and --optimizer_args of the saved run"
 
 
 def load_optimizer_state(
@@ -42,8 +43,12 @@ def load_optimizer_state(
     _check_groups(optimizer, state, where)
     shapes = [tuple(parameter.shape) for group in optimizer.param_groups for parameter in group["params"]]
     _check_shapes(state["state"], shapes, where)
+    groups = [
+        {**saved, **{name: group[name] for name in _IMPLEMENTATION if name in group}}
+        for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
     try:
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict({**state, "param_groups": groups})
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise UserError(f"does not fit this optimizer ({error})", _SAME_OPTIMIZER, where=where) from error
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -56,9 +61,6 @@ def load_optimizer_state(
                 own[name] = _own_copy(value, saved.get(name) if isinstance(saved, Mapping) else None)
     for group, values in zip(optimizer.param_groups, kept, strict=True):
         group.update(values)
-
-
-_SAME_OPTIMIZER = "Resume with the --optimizer_type and --optimizer_args of the saved run"
 
 
 def _check_groups(optimizer: torch.optim.Optimizer, state: Any, where: str) -> None:
@@ -129,7 +131,7 @@ def take_schedule(schedule: Any, state: Any, info: StateInfo) -> None:
 
 
 def rewind_schedule(
-    schedule: Any, optimizer: torch.optim.Optimizer, rates: Sequence[Mapping[str, float]], step: int
+    schedule: Any, optimizer: torch.optim.Optimizer, rates: Sequence[Mapping[Any, Any]], step: int
 ) -> None:
     """Bring a freshly built `schedule` to update `step` with this run's `rates` (of each group)."""
     for group, values in zip(optimizer.param_groups, rates, strict=True):

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from library.contracts import ParamGroup
-    from library.training.options import OptimizerOptions, ScheduleOptions
+    from library.training.options import LengthOptions, OptimizerOptions, PrecisionOptions, ScheduleOptions
 
 logger = logging.getLogger(__name__)
 
 _ARGS = "--optimizer_args"
+_FUSED = "--fused_backward_pass"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,7 @@ class BuiltOptimizer:
     @property
     def is_relative_adafactor(self) -> bool:
         """Whether the optimizer is Adafactor that sets its learning rate itself."""
-        return self.row.is_adafactor and bool(self.kwargs.get("relative_step"))
+        return is_relative_adafactor(self.row, self.kwargs)
 
 
 def optimizer_name(optimizer: OptimizerOptions) -> str:
@@ -180,9 +181,13 @@ def settled_arguments(row: OptimizerRow, given: Mapping[str, Any]) -> dict[str, 
     """Return the arguments that the optimizer gets besides the learning rate, those of the user first."""
     settled = {**given, **{name: value for name, value in row.defaults.items() if name not in given}}
     if row.is_adafactor:
-        relative = bool(settled.get("relative_step", True) or settled.get("warmup_init"))
-        settled["relative_step"] = relative
+        settled["relative_step"] = bool(settled.get("relative_step", True) or settled.get("warmup_init"))
     return settled
+
+
+def is_relative_adafactor(row: OptimizerRow, given: Mapping[str, Any]) -> bool:
+    """Whether the optimizer is Adafactor that, with the arguments given, sets its learning rate itself."""
+    return row.is_adafactor and settled_arguments(row, given)["relative_step"]
 
 
 def check_optimizer(optimizer: OptimizerOptions, schedule: ScheduleOptions) -> Iterator[Problem]:
@@ -204,12 +209,46 @@ def check_optimizer(optimizer: OptimizerOptions, schedule: ScheduleOptions) -> I
     if schedule.lr_scheduler == "adafactor" and not schedule.lr_scheduler_type:
         if not row.is_adafactor:
             yield Problem("--lr_scheduler adafactor", f"belongs to --optimizer_type Adafactor, not to {name}")
-        elif not settled_arguments(row, arguments)["relative_step"]:
+        elif not is_relative_adafactor(row, arguments):
             yield Problem(
                 "--lr_scheduler adafactor",
                 "reports the learning rate that Adafactor chooses, but relative_step=False keeps it from choosing",
                 "Use --lr_scheduler constant_with_warmup, or drop relative_step=False.",
             )
+
+
+def check_fused_backward(
+    optimizer: OptimizerOptions,
+    length: LengthOptions,
+    precision: PrecisionOptions,
+    *,
+    world_size: int = 1,
+    sharded: bool = False,
+) -> Iterator[Problem]:
+    """Yield why weights cannot be updated during the backward pass with these options.
+
+    Args:
+        optimizer: Must step one parameter like all.
+        length: Without accumulation, as the gradient of a single batch would be stepped.
+        precision: Without float16's loss scale, which is judged over all gradients.
+        world_size: Processes; they would have to exchange each gradient first.
+        sharded: Whether an engine (DeepSpeed, FSDP) owns gradients and optimizer.
+    """
+    if not optimizer.fused_backward_pass:
+        return
+    name = optimizer_name(optimizer)
+    if not find_row(name).steps_one_parameter:
+        yield Problem(
+            _FUSED, f"{name} needs all gradients at once", "Use AdamW, AdamW8bit, Adafactor, Lion or SGDNesterov."
+        )
+    if length.gradient_accumulation_steps > 1:
+        yield Problem(_FUSED, "gradients cannot be accumulated: each is used up at once", "Use a larger batch.")
+    if precision.mixed_precision == "fp16":
+        yield Problem(_FUSED, "float16 needs all gradients before it can step", "Use --mixed_precision bf16.")
+    if sharded:
+        yield Problem(_FUSED, "the engine that shares the optimizer between GPUs needs the gradients")
+    elif world_size > 1:
+        yield Problem(_FUSED, f"it works in one process, and {world_size} run")
 
 
 def build_optimizer(optimizer: OptimizerOptions, groups: Sequence[ParamGroup]) -> BuiltOptimizer:
@@ -232,7 +271,7 @@ def build_optimizer(optimizer: OptimizerOptions, groups: Sequence[ParamGroup]) -
     _advise(name, row, optimizer, kwargs, groups)
     parameters: list[dict[str, Any]] = [{"params": list(group.params), "lr": group.lr} for group in groups]
     rate: float | None = optimizer.learning_rate
-    if row.is_adafactor and kwargs["relative_step"]:
+    if is_relative_adafactor(row, kwargs):
         parameters, rate = [{"params": list(group.params)} for group in groups], None
     try:
         made = optimizer_class(parameters, lr=rate, **row.fixed, **kwargs, **_fused(row, kwargs, groups))
@@ -240,7 +279,6 @@ def build_optimizer(optimizer: OptimizerOptions, groups: Sequence[ParamGroup]) -
         raise UserError(
             f"{name} does not work with these settings ({error})", where=_ARGS if given else where
         ) from error
-    _keep_state_types(made)
     row = _observed(row, made)
     if row.has_eval_mode:
         made.train()
@@ -339,29 +377,3 @@ def _quieten(row: OptimizerRow) -> None:
     if row.package == "bitsandbytes":
         # It warns of missing kernels for 4-bit inference, which nothing here uses.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-
-def _keep_state_types(made: Optimizer) -> None:
-    """Let a loaded state keep its number formats.
-
-    torch casts what it loads to the format of the weights, but Adafactor and others keep float32 averages of bfloat16
-    weights: without this a resumed run would differ from an uninterrupted one.
-    """
-    loading: list[Mapping[str, Any]] = []
-
-    def remember(_: Optimizer, state_dict: Any) -> None:
-        loading[:] = [state_dict]
-
-    def restore(optimizer: Optimizer) -> None:
-        saved = loading.pop()
-        numbers = [number for group in saved["param_groups"] for number in group["params"]]
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for number, parameter in zip(numbers, parameters, strict=True):
-            state = optimizer.state[parameter] if number in saved["state"] else {}
-            for name, value in state.items():
-                before = saved["state"][number][name]
-                if hasattr(value, "dtype") and hasattr(before, "dtype") and value.dtype != before.dtype:
-                    state[name] = before.to(value.device, copy=True)
-
-    made.register_load_state_dict_pre_hook(remember)
-    made.register_load_state_dict_post_hook(restore)

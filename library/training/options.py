@@ -47,6 +47,7 @@ __all__ = [
     "TrainingOptions",
 ]
 
+
 @dataclass(frozen=True, kw_only=True)
 class LengthOptions(OptionGroup, title="length"):
     """How long the run is, and what its randomness starts from."""
@@ -106,8 +107,15 @@ class OptimizerOptions(OptionGroup, title="optimizer"):
         help="Name of the optimizer, such as AdamW, AdamW8bit, Lion, Adafactor, Prodigy, DAdaptAdam, "
         "AdamWScheduleFree, any class of torch.optim, or package.module.Class. Default: AdamW.",
     )
-    use_8bit_adam: bool = opt(False, resume="free", means={"optimizer_type": "AdamW8bit"}, help="Older spelling of --optimizer_type AdamW8bit.")
-    use_lion_optimizer: bool = opt(False, resume="free", means={"optimizer_type": "Lion"}, help="Older spelling of --optimizer_type Lion.")
+    use_8bit_adam: bool = opt(
+        False,
+        resume="free",
+        means={"optimizer_type": "AdamW8bit"},
+        help="Older spelling of --optimizer_type AdamW8bit.",
+    )
+    use_lion_optimizer: bool = opt(
+        False, resume="free", means={"optimizer_type": "Lion"}, help="Older spelling of --optimizer_type Lion."
+    )
     learning_rate: float = opt(
         2e-6, at_least=0, metadata_key="ss_learning_rate", help="Learning rate of everything without one of its own."
     )
@@ -312,3 +320,9 @@ class TrainingOptions(OptionSet):
         from library.training.checks import warn_training
 
         return warn_training(self)
+
+    def check_folders(self) -> Iterator[Problem]:
+        """Yield which folders cannot be written to, after making them."""
+        from library.training.checks import check_output
+
+        return check_output(self)

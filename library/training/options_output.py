@@ -68,7 +68,7 @@ class SaveOptions(OptionGroup, title="save", resume="free"):
         choices=("ckpt", "safetensors", "diffusers", "diffusers_safetensors"),
         help="Format of saved models. Default: that of the model that training started from.",
     )
-    use_safetensors: bool = opt(False, help="Write safetensors files when --save_model_as is not given.")
+    use_safetensors: bool = opt(False, help="Write safetensors files in place of pickles, whatever the format.")
     save_precision: str | None = opt(
         None, choices=("float", "fp16", "bf16"), help="Format of the numbers in saved models. Default: as trained."
     )
@@ -101,9 +101,10 @@ class SaveOptions(OptionGroup, title="save", resume="free"):
             yield Problem("--output_name", f"{self.output_name!r} {reason}", "Use --output_dir for the folder.")
 
     def warn(self) -> Iterator[Problem]:
-        """Point out that an explicit format wins."""
-        if self.use_safetensors and self.save_model_as is not None:
-            yield Problem("--use_safetensors", "has no effect, since --save_model_as is given")
+        """Point out that --use_safetensors wins over a format that pickles."""
+        if self.use_safetensors and self.save_model_as in ("ckpt", "diffusers"):
+            what = f"{self.save_model_as} is written as safetensors, since --use_safetensors is given"
+            yield Problem("--save_model_as", what)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,8 +40,7 @@ def read_reference_state(folder: Path) -> StoredState:
         hint = "It may be incomplete, or not a state at all; the names of state folders end in -state"
         raise UserError.of([Problem(str(folder), f"has neither resume.json nor {', '.join(missing)}", hint)])
     step = _step(folder)
-    epoch = _epoch(folder)
-    info = StateInfo(Position(step, epoch, 0), modules=tuple(_modules(folder)), exact=False)
+    info = StateInfo(Position(step), modules=tuple(_modules(folder)), exact=False)
     _log.warning("%s: %s (step %d)", folder, _NOTICE, step)
     return StoredState(folder, info, notes=(_NOTICE,))
 
@@ -79,10 +78,3 @@ def _values(state: Any, key: str) -> list[Any]:
 def _step_of(entry: Any) -> int | None:
     step = entry.get("step") if isinstance(entry, dict) else None
     return None if step is None else int(step)
-
-
-def _epoch(folder: Path) -> int:
-    """The number of epochs begun before, if it is told; it only names later files."""
-    if match := re.search(r"-(\d{6})-state$", folder.name):
-        return int(match[1])
-    return 0

@@ -15,7 +15,8 @@ _RATES = frozenset({"learning_rate", "learning_rate_te", "unet_lr", "text_encode
 _TOTALS = frozenset({"max_train_steps", "max_train_epochs"})
 _SCHEDULE_TITLE = "schedule"
 _DATA = "data"
-_BASE_MODEL = "base model"
+_DATA_GROUPS = frozenset({_DATA, "subset"})
+_MODEL = "model"
 _MOST_LINES = 12
 _MISSING = "(none)"
 # What to type after --resume_override for an option or a group; everything else is named by itself.
@@ -30,12 +31,15 @@ class Difference:
     name: str
     saved: Any
     now: Any
+    is_option: bool = True
 
     @property
     def override(self) -> str:
         """What `--resume_override` needs to allow this."""
-        if self.group in (_DATA, "subset"):
-            return "data"
+        if self.group in _DATA_GROUPS:
+            return _DATA
+        if not self.is_option:
+            return self.group
         return _SHORT_NAMES.get(self.name) or _SHORT_NAMES.get(self.group) or self.name
 
 
@@ -67,7 +71,7 @@ class Changes:
     @property
     def new_data(self) -> bool:
         """Whether the data set is not what it was, so that positions inside an epoch mean nothing."""
-        return any(change.group in (_DATA, "subset") for change in self.allowed)
+        return any(change.group in _DATA_GROUPS for change in self.allowed)
 
     def raise_refused(self, where: str) -> None:
         """Stop with a table of what differs.
@@ -113,12 +117,11 @@ def start_position(info: StateInfo, length: RunLength, changes: Changes) -> Posi
     """Return where this run goes on: at the same place, or the nearest one before it that its batches have.
 
     With other data the epoch begins again. With another number of batches per update, the updates done in the epoch are
-    converted, rounding down.
+    converted, rounding down. A state of the reference tells updates only; they are taken as done in order.
     """
     position = info.position
     if info.length is None:
-        done, inside = divmod(position.step, length.updates_per_epoch)
-        return Position(position.step, done, inside) if position.epoch == 0 else replace(position, update_in_epoch=0)
+        return Position(position.step, *divmod(position.step, length.updates_per_epoch))
     before, now = info.length.micro_batches_per_update, length.micro_batches_per_update
     inside = position.update_in_epoch * before // now
     if changes.new_data or inside >= length.updates_per_epoch:
@@ -142,14 +145,14 @@ def _options(info: StateInfo, identity: Identity, length: RunLength, seed: int |
 
 
 def _data(info: StateInfo, identity: Identity) -> Iterator[Difference]:
-    pairs = ((_DATA, info.identity.data, identity.data), (_BASE_MODEL, info.identity.base_model, identity.base_model))
+    pairs = ((_DATA, info.identity.data, identity.data), (_MODEL, info.identity.base_model, identity.base_model))
     for group, saved, now in pairs:
         before, after = dict(_flat(saved)), dict(_flat(_plain(now)))
         if not before or not after:
             continue
         for name in (*before, *(name for name in after if name not in before)):
             if before.get(name, _MISSING) != after.get(name, _MISSING):
-                yield Difference(group, name, before.get(name, _MISSING), after.get(name, _MISSING))
+                yield Difference(group, name, before.get(name, _MISSING), after.get(name, _MISSING), is_option=False)
 
 
 def _notes(info: StateInfo, identity: Identity, length: RunLength) -> Iterator[str]:
@@ -193,9 +196,7 @@ def _table(changes: tuple[Difference, ...]) -> str:
 
 
 def _label(change: Difference) -> str:
-    if change.group in (_DATA, _BASE_MODEL) and ("." in change.name or "[" in change.name or not change.name.islower()):
-        return f"{change.group}: {change.name}"
-    return f"--{change.name}" if change.group != _BASE_MODEL else f"{change.group}: {change.name}"
+    return f"--{change.name}" if change.is_option else f"{change.group}: {change.name}"
 
 
 def _short(value: Any, limit: int = 48) -> str:

@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.errors import UserError
-from library.files import LockFile, clean_litter
+from library.files import clean_litter
+from library.lock_file import LockFile
+from library.models.family import WeightPlan
 from library.signals import StopFlag
+from library.training.ranks import Ranks
 from library.training.step import Autocast
 
 if TYPE_CHECKING:
@@ -40,13 +43,25 @@ class Run:
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process
-        self.output_dir = Path(opts.save.output_dir)
-        self.stop = StopFlag()
+        self.local_rank: int = self.accelerator.local_process_index
+        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        self.ranks = Ranks.of_torch()
+        self.output_dir = Path(opts.save.output_dir or ".")
+        self.stop = StopFlag(announce=self.is_main)
         self.mixed_dtype = _DTYPES[opts.precision.mixed_precision]
         self.autocast = Autocast(self.device, self.mixed_dtype)
         self.scaler = _make_scaler(self.device, opts.precision)
         self.seed = opts.length.seed if opts.length.seed is not None else self._fresh_seed()
         self._cleanup = ExitStack()
+
+    @property
+    def is_local_main(self) -> bool:
+        """Whether this is the first process of its node."""
+        return self.local_rank == 0
+
+    def weight_plan(self, trained: tuple[str, ...]) -> WeightPlan:
+        """Return where weights go and in which types, when the parts named `trained` train."""
+        return WeightPlan(self.device, trained, self.trained_dtype, self.frozen_dtype, self.vae_dtype)
 
     @property
     def trained_dtype(self) -> torch.dtype:
@@ -74,7 +89,7 @@ class Run:
             self._cleanup.enter_context(LockFile(self.output_dir / f".{name}.lock"))
         self._cleanup.enter_context(self.stop)
         _set_determinism(self.opts.length.deterministic)
-        # Nothing of ours draws from the global generators; third-party code may.
+        # Nothing of ours draws from the global generator; third-party code may.
         torch.manual_seed(self.seed)
         return self
 
@@ -91,11 +106,17 @@ class Run:
 
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's `value` (any picklable object made by us) on every rank."""
-        if self.world_size == 1:
-            return value
-        box = [value]
-        torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]
+        return self.ranks.broadcast(value)
+
+    def from_node_leader(self, value: Any) -> Any:
+        """Return the `value` of the first process of this node."""
+        return self.ranks.gather(value)[self.rank - self.local_rank]
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add a tensor up over all ranks, in place, and return it."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
 
     def adopt_seed(self, seed: int) -> None:
         """Go on with the seed of the state that is being resumed, when the user gave none."""

@@ -1,9 +1,9 @@
 """Saving everything that a run needs to go on exactly, and loading it again.
 
-The layout is accelerate's, so `accelerator.load_state` reads our folders and we read the reference's; what is ours comes
-in additional files, `resume.json` last. Nothing is registered for checkpointing, since accelerate unpickles such objects
-without protection. Randomness is a function of counters (`library.randomness`); the stored generators serve third-party
-code only.
+The layout is accelerate's, so `accelerator.load_state` reads our folders and we read the reference's; what is ours
+comes in additional files, `resume.json` last. Nothing is registered for checkpointing, since accelerate unpickles such
+objects without protection. Randomness is a function of counters (`library.randomness`); the stored generators serve
+third-party code only.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ from __future__ import annotations
 import io
 import logging
 import random
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from library.checkpoints.pickles import load_pickle
 from library.checkpoints.tensor_files import NonFiniteWeights, all_finite, open_tensors, write_safetensors
-from library.errors import StopTraining, UserError
-from library.files import CannotSave, NewFile, atomic_folder, fault_point, write_bytes, write_json
+from library.errors import EXIT_CANNOT_SAVE, StopTraining, UserError
+from library.files import NewFile, atomic_folder, fault_point, write_bytes, write_json
 from library.training.ranks import Ranks
 from library.training.state_files import (
     EMA_NUMBERS,
@@ -63,6 +62,7 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
+_EARLIER = "Resume from an earlier state"
 
 
 class Averages(Protocol):
@@ -118,7 +118,7 @@ def save_state(folder: str | Path, parts: StateParts, info: StateInfo, ranks: Ra
         ranks: the processes of the run; rank 0 writes.
 
     Raises:
-        CannotSave: on every rank, when rank 0 could not write.
+        CannotSave: rank 0 could not write (the other ranks raise `StopTraining` with the same text and status).
         NonFiniteWeights: weights hold NaN or infinity.
     """
     ranks = ranks or Ranks()
@@ -163,8 +163,8 @@ def load_state(
         _load_module(stored.folder / name, module)
     _load_optimizer(stored, parts, changes)
     _load_rest(stored, parts)
-    if stored.info.exact:
-        _restore_generators(stored.folder / f"random_states_{ranks.rank}.pkl", ranks.rank < stored.info.world)
+    if stored.info.exact and ranks.rank < stored.info.world:
+        _restore_generators(stored.folder / f"random_states_{ranks.rank}.pkl")
     return stored.info
 
 
@@ -197,7 +197,7 @@ def _weights(parts: StateParts) -> dict[str, dict[str, Tensor]]:
 
 
 def _write_parts(folder: Path, parts: StateParts) -> Iterator[Path]:
-    """Write the tensors, yielding each file when it is complete. The largest comes first, so that it is hashed early."""
+    """Write the tensors, yielding each file when it is complete; the largest first, so that it is hashed early."""
     yield _write_pickle(folder / OPTIMIZER, parts.optimizer.state_dict())
     for name, weights in zip(model_names(len(parts.modules)), _weights(parts).values(), strict=True):
         write_safetensors(folder / name, weights, {"format": "pt"})
@@ -219,12 +219,12 @@ def _write_pickle(path: Path, value: Any) -> Path:
     import torch
 
     with NewFile(path) as file:
-        torch.save(value, file)
+        torch.save(value, cast("Any", file))
     try:
         load_pickle(path)
     except UserError as error:
-        what = f"the state of this optimizer or schedule cannot be stored safely ({error})"
-        raise CannotSave(what, path.parent.parent / path.name) from error
+        what = f"{path.name}: this optimizer or schedule keeps objects that cannot be stored safely ({error})"
+        raise StopTraining(what, EXIT_CANNOT_SAVE) from error
     return path
 
 
@@ -264,9 +264,6 @@ def _load_module(path: Path, module: nn.Module) -> None:
             wanted[name].copy_(tensor)
 
 
-_EARLIER = "Resume from an earlier state"
-
-
 def _load_optimizer(stored: StoredState, parts: StateParts, changes: Changes | None) -> None:
     from library.training.optimizer_state import load_optimizer_state, rewind_schedule, take_schedule
 
@@ -299,10 +296,12 @@ def _generators(step: int) -> bytes:
     import numpy as np
     import torch
 
+    algorithm, keys, *rest = np.random.get_state(legacy=True)
     states: dict[str, Any] = {
         "step": step,
         "random_state": random.getstate(),
-        "numpy_random_seed": np.random.get_state(),
+        # A list serves numpy as well as an array, and needs nothing special when it is read back.
+        "numpy_random_seed": (algorithm, np.asarray(keys).tolist(), *rest),
         "torch_manual_seed": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -312,12 +311,10 @@ def _generators(step: int) -> bytes:
     return buffer.getvalue()
 
 
-def _restore_generators(path: Path, *, saved: bool) -> None:
+def _restore_generators(path: Path) -> None:
     import numpy as np
     import torch
 
-    if not saved:
-        return
     states = load_pickle(path, mmap=False)
     try:
         random.setstate(states["random_state"])

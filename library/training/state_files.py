@@ -278,10 +278,11 @@ def _verify_ours(folder: Path, *, fast: bool) -> StoredState:
 
 
 def _states(folder: Path, output_name: str | None) -> list[Path]:
-    """Return the state folders of one output name, newest first."""
+    """Return the state folders of one output name: unreadable ones (so that they get named), then the newest first."""
     pattern = state_name_pattern(output_name)
     found = [path for path in folder.iterdir() if pattern.match(path.name) and path.is_dir()] if folder.is_dir() else []
-    return sorted(found, key=lambda path: (_sequence(path), path.name), reverse=True)
+    order = [(_sequence(path), path.name, path) for path in found]
+    return [path for _, _, path in sorted(order, key=lambda entry: (entry[0] < 0, *entry[:2]), reverse=True)]
 
 
 def _sequence(folder: Path) -> int:

@@ -104,7 +104,9 @@ def test_epoch_saves_are_numbered_and_pruned(train_db, base_options, tmp_path):
 
 def test_samples_and_logs_are_written(train_db, base_options, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a photo of sks duck --w 64 --h 64 --s 2 --d 5\n# a comment\nblurry --n sharp --w 64 --h 128 --s 2\n")
+    prompts.write_text(
+        "a photo of sks duck --w 64 --h 64 --s 2 --d 5\n# a comment\nblurry --n sharp --w 64 --h 128 --s 2\n"
+    )
     logs = tmp_path / "logs"
     status = train_db(
         *base_options,

@@ -127,12 +127,15 @@ class TestAtomicFile:
         assert str(caught.value).endswith("Previous a is untouched.")
 
     def test_torch_cannot_hide_the_cause(self, tmp_path):
-        with pytest.raises(CannotSave, match="Input/output error"), atomic_file(tmp_path / "a") as temporary:
+        def write(temporary):
             with NewFile(temporary) as file:
                 try:
                     file._guard(lambda: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
                 except OSError as error:
                     raise RuntimeError("unexpected pos 64 vs 0") from error
+
+        with pytest.raises(CannotSave, match="Input/output error"), atomic_file(tmp_path / "a") as temporary:
+            write(temporary)
 
 
 class TestAtomicFolder:

@@ -49,6 +49,3 @@ class Method(Protocol):
 
     def train_mode(self) -> None:
         """Put the trained modules into training mode."""
-
-    def save(self, target: object, metadata: dict[str, str], *, epoch: int, step: int) -> object:
-        """Write the model for use and return its path; `target` has no suffix."""

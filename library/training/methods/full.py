@@ -11,15 +11,19 @@ from library.contracts import ParamGroup
 from library.training.parameter_order import in_reference_order
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
     from library.contracts import Batch, Condition, Noised
     from library.draws import Draws
     from library.models.family import ModelFamily
     from library.models.options import MemoryOptions
-    from library.training.options import FullTuneOptions, SaveOptions
+    from library.training.options import FullTuneOptions
+
+
+def trained_parts(tune: FullTuneOptions) -> tuple[str, ...]:
+    """Return the names of the family's parts that train at any time of the run."""
+    stop = tune.stop_text_encoder_training
+    return ("unet", "text_encoder") if stop is None or stop >= 0 else ("unet",)
 
 
 class FullTune:
@@ -28,32 +32,29 @@ class FullTune:
     may_skip_parameters = False
 
     def __init__(
-        self,
-        family: ModelFamily,
-        tune: FullTuneOptions,
-        *,
-        learning_rate: float,
-        memory: MemoryOptions,
-        save: SaveOptions,
+        self, family: ModelFamily, tune: FullTuneOptions, memory: MemoryOptions, *, learning_rate: float
     ) -> None:
         self.family = family
         self.tune = tune
         self.learning_rate = learning_rate
         self.memory = memory
-        self.save_options = save
         self.stop_step = tune.stop_text_encoder_training
-        self.trains_text = self.stop_step is None or self.stop_step >= 0
+        self.trains_text = "text_encoder" in trained_parts(tune)
         self.text_active = self.trains_text
         self.uses_global_randomness = False
 
     def attach(self) -> None:
-        """Set gradients and modes; see `library.models.memory` for checkpointing."""
+        """Set gradients and modes, and switch checkpointing on."""
         for name, part in self.family.parts().items():
             part.requires_grad_(name == "unet" or self.trains_text)
+        for parameter in self.family.unused_parameters():
+            parameter.requires_grad_(False)
         if self.memory.gradient_checkpointing:
             self.family.enable_gradient_checkpointing()
         self.uses_global_randomness = any(
-            isinstance(module, nn.Dropout) and module.p > 0 for part in self.parts().values() for module in part.modules()
+            isinstance(module, nn.Dropout) and module.p > 0
+            for part in self.parts().values()
+            for module in part.modules()
         )
         self.train_mode()
 
@@ -106,7 +107,3 @@ class FullTune:
 
     def after_update(self, step: int) -> None:
         """Nothing to do: full fine-tuning has no constraint on its weights."""
-
-    def save(self, target: Path, metadata: dict[str, str], *, epoch: int, step: int) -> Path:
-        """Write a checkpoint of the kind that the options ask for."""
-        return self.family.save(target, self.save_options, metadata, epoch=epoch, step=step)

@@ -1,0 +1,269 @@
+"""One stream of batches for a whole run: loader workers, prefetching across epochs, and what happens when one dies."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from library.contracts import Batch, BatchKey, Position, RunLength, SampleKey, StepKey
+from library.data.options import LoaderOptions
+from library.data.plan import batch_keys
+from library.errors import UserError
+from library.faults import fault_point
+
+if TYPE_CHECKING:
+    from library.data.dataset import TrainingData
+    from library.data.serving import BatchDataset
+
+_log = logging.getLogger(__name__)
+
+_PREFETCH = 2
+_GRACE_SECONDS = 60  # a worker outlives SIGTERM by this, so that the main process can finish its update
+_BLANK_LIMIT = 20
+
+
+class PlannedBatches:
+    """Serves the micro-batches of one rank, in the order of the plan, from any position to the end of the run.
+
+    Attributes:
+        wait_seconds: time that the consumer has spent waiting for batches so far.
+        replaced: number of samples that had to be replaced so far.
+        workers: number of loader processes.
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        length: RunLength,
+        *,
+        rank: int,
+        seed: int,
+        loader: LoaderOptions,
+        start_method: str | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        """Prepare; nothing is started before `iterate`.
+
+        Args:
+            data: of the run, with its latent cache in place.
+            length: of the run.
+            rank: of this process among `length.world_size`.
+            seed: of the run.
+            loader: options of the workers.
+            start_method: fork, spawn or forkserver; None for the platform's usual one.
+            pin_memory: hand out batches in page-locked memory, for fast copies to a GPU.
+        """
+        if data.batch_count() != length.batches_per_epoch:
+            raise ValueError(f"the run expects {length.batches_per_epoch} batches an epoch, not {data.batch_count()}")
+        self._data, self._length, self._rank, self._seed = data, length, rank, seed
+        self._start_method, self._pin_memory = start_method, pin_memory
+        self.workers = worker_count(loader, cached=data.reads_only_latents)
+        self.wait_seconds = 0.0
+        self.replaced = 0
+        self._blank = 0
+
+    def iterate(self, start: Position) -> Iterator[Batch]:
+        """Yield micro-batches from `start` to the last update of the run, over all epochs in between.
+
+        Close the iterator (or exhaust it) to stop workers and threads.
+
+        Raises:
+            UserError: workers die again and again, or no image can be read any more.
+        """
+        dataset = self._data.dataset(self._seed, self._length.total_steps)
+        source = self._in_processes(dataset, start) if self.workers else self._in_thread(dataset, start)
+        try:
+            while True:
+                fault_point("loader.get")
+                begin = time.perf_counter()
+                batch = next(source, None)
+                self.wait_seconds += time.perf_counter() - begin
+                if batch is None:
+                    return
+                self._watch(batch)
+                yield batch
+        finally:
+            source.close()
+
+    def _keys(self, start: Position) -> Iterator[BatchKey]:
+        return batch_keys(self._data.planner, self._length, self._seed, self._rank, start)
+
+    def _watch(self, batch: Batch) -> None:
+        """Count replaced samples, and stop when nothing but blank batches arrives."""
+        for text in batch.replaced:
+            self.replaced += 1
+            if self.replaced <= 5:
+                _log.warning("replaced by another image of its bucket: %s", text)
+        self._blank = self._blank + 1 if len(batch.replaced) == batch.size and not batch.loss_weight.any() else 0
+        if self._blank >= _BLANK_LIMIT:
+            raise UserError(
+                f"{_BLANK_LIMIT} batches in a row could not be read, the last one because of {batch.replaced[-1]}",
+                "Are the data still where they were?",
+                where="data set",
+            )
+
+    def _in_thread(self, dataset: BatchDataset, start: Position) -> Any:
+        """Load in a thread of this process, a few batches ahead."""
+
+        def load(key: BatchKey) -> Batch:
+            batch = dataset[key]
+            return batch.pin_memory() if self._pin_memory else batch
+
+        pending: deque[Future[Batch]] = deque()
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
+            try:
+                for key in self._keys(start):
+                    pending.append(pool.submit(load, key))
+                    if len(pending) > _PREFETCH:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
+            finally:
+                for future in pending:
+                    future.cancel()
+
+    def _in_processes(self, dataset: BatchDataset, start: Position) -> Any:
+        """Load in worker processes; when one dies, all are started once more at the batch that is due."""
+        position, micro, failures = start, -1, 0
+        while True:
+            batches = self._torch_loader(dataset, self._after(position, micro))
+            try:
+                for batch in batches:
+                    step_key = batch.key.step_key
+                    position = Position(step_key.step, batch.key.epoch, batch.key.update_in_epoch)
+                    micro = step_key.micro
+                    yield batch
+                return
+            except RuntimeError as error:
+                if not _is_worker_death(error):
+                    raise
+                failures += 1
+                if failures > 1:
+                    raise UserError(
+                        "a loader worker was killed, probably because memory ran out",
+                        "Use fewer workers (--max_data_loader_n_workers) or smaller batches; in a container, give more "
+                        "shared memory.",
+                        where="data loader",
+                    ) from error
+                _log.warning("a loader worker died (%s); starting the workers once more", _first_line(error))
+            finally:
+                batches.close()
+
+    def _after(self, position: Position, micro: int) -> Iterable[BatchKey]:
+        """Return the keys that follow micro-batch `micro` of the update at `position` (-1: from its first)."""
+        return (key for key in self._keys(position) if key.step_key.step > position.step or key.step_key.micro > micro)
+
+    def _torch_loader(self, dataset: BatchDataset, keys: Iterable[BatchKey]) -> Any:
+        import torch
+        from torch.utils.data import DataLoader
+
+        loader: DataLoader[Batch] = DataLoader(
+            dataset,  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=keys,  # type: ignore[arg-type]
+            num_workers=self.workers,
+            prefetch_factor=_PREFETCH,
+            worker_init_fn=prepare_worker,
+            generator=torch.Generator().manual_seed(0),
+            multiprocessing_context=self._start_method,
+            pin_memory=self._pin_memory,
+        )
+        with _signal_kept(getattr(signal, "SIGCHLD", None)):
+            iterator = iter(loader)
+        try:
+            yield from iterator
+        finally:
+            shut_down = getattr(iterator, "_shutdown_workers", None)
+            if shut_down is not None:
+                shut_down()
+
+
+@contextmanager
+def _signal_kept(number: Any) -> Iterator[None]:
+    """Undo what the block does to a signal handler.
+
+    Torch raises from its SIGCHLD handler, that is, anywhere, even in the middle of an optimizer step. Without it a dead
+    worker is noticed within five seconds by the call that waits for a batch, and only there.
+    """
+    in_main = number is not None and threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(number) if in_main else None
+    try:
+        yield
+    finally:
+        if in_main and signal.getsignal(number) is not before:
+            signal.signal(number, before if before is not None else signal.SIG_DFL)
+
+
+def prepare_worker(_worker_id: int) -> None:
+    """Set up a loader process: no threads of its own, and signals are the main process's business."""
+    import torch
+
+    from library.data.images import use_one_thread
+
+    torch.set_num_threads(1)
+    use_one_thread()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGTERM", "SIGUSR1"):
+        number = getattr(signal, name, None)
+        if number is not None:
+            signal.signal(number, _outlive_parent if name == "SIGTERM" else signal.SIG_IGN)
+
+
+def _outlive_parent(_number: int, _frame: Any) -> None:
+    """SIGTERM usually goes to the whole process group: stay until the main process has finished its update."""
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(_GRACE_SECONDS)
+    else:
+        raise SystemExit(143)
+
+
+def worker_count(loader: LoaderOptions, *, cached: bool) -> int:
+    """Return the number of loader processes: at most one per core, and one is enough to read cached latents."""
+    wanted = min(loader.max_data_loader_n_workers, available_cores())
+    return min(wanted, 1) if cached else wanted
+
+
+def available_cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _is_worker_death(error: RuntimeError) -> bool:
+    text = str(error)
+    return text.startswith("DataLoader worker (pid") and ("exited unexpectedly" in text or "killed by signal" in text)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
+
+
+def validation_batches(
+    data: TrainingData, seed: int, *, rank: int = 0, world_size: int = 1, limit: int | None = None
+) -> Iterator[Batch]:
+    """Yield the validation batches of one rank: always the same, unshuffled, without anything random, in this process.
+
+    Args:
+        data: the validation part, `TrainingData.validation`.
+        seed: of the run, for captions with wildcards.
+        rank: of this process.
+        world_size: number of processes; batch i belongs to rank i modulo `world_size`.
+        limit: most batches over all ranks.
+    """
+    plan = data.planner.in_table_order()
+    dataset = data.dataset(seed, 0)
+    count = len(plan) if limit is None else min(limit, len(plan))
+    for index in range(rank, count, world_size):
+        positions, rows = plan.batch(index)
+        samples = tuple(SampleKey(row, 0, position, 0) for row, position in zip(rows, positions, strict=True))
+        yield dataset[BatchKey(StepKey(0, index), 0, index, True, index + 1 == count, 1.0, samples)]
