@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
+from library.log import safe_text
 
 if TYPE_CHECKING:
     from library.option_groups import OptionSet
@@ -116,7 +117,7 @@ def _syntax_error(text: str, path: Path, position: tuple[int, int], reason: str)
     if _SECRET.search(line):
         line = line.partition("=")[0] + "= (hidden)"
     shown = line if len(line) <= 120 else line[:117] + "..."
-    return UserError(f"{reason}: {shown!r}", hint, where=place)
+    return UserError(f"{reason}: {safe_text(shown)}", hint, where=place)
 
 
 def find_line(text: str, key: str) -> int | None:

@@ -26,6 +26,9 @@ SetClass = TypeVar("SetClass", bound="OptionSet")
 ANY_VALUE: tuple[Any, ...] = ()
 """In `matters_when` and `needs`: any value that switches the other option on."""
 
+COMMAND_LINE = "command line"
+"""Where an option was set, as in `OptionSet.given`; otherwise it is the place in a configuration file."""
+
 _NOTES = "option"
 
 
@@ -195,7 +198,7 @@ class OptionSet:
     """
 
     given: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
-    """Where each option that differs from its default was set: "command line" or the configuration file."""
+    """Where each option that differs from its default was set: `COMMAND_LINE` or the place in a configuration file."""
     warnings: tuple[Problem, ...] = field(default=(), compare=False, repr=False)
     """What the checks found suspicious; logged once logging is set up."""
     notices: tuple[str, ...] = field(default=(), compare=False, repr=False)

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from library.errors import Problem, UserError, raise_problems
-from library.option_groups import Option, OptionGroup, OptionSet, opt
+from library.option_groups import COMMAND_LINE, Option, OptionGroup, OptionSet, opt
 from library.option_relations import check_relations
 from library.option_values import BadValue, check_choice, convert, is_list, nearest
 from library.retired import ELSEWHERE, SPELLINGS
 
 SetClass = TypeVar("SetClass", bound=OptionSet)
 
-COMMAND_LINE = "command line"
 _CONTROL_HINT = "A backslash followed by a letter means a control character: use single quotes or forward slashes."
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from library.errors import Problem
-from library.option_groups import Option, OptionSet, switched_on
+from library.option_groups import COMMAND_LINE, Option, OptionSet, switched_on
 from library.retired import NO_EFFECT_IN
 
 
@@ -51,6 +51,8 @@ def _check_one(option: Option, values: Mapping[str, Any], options: OptionSet, fo
         if target not in options.given and option.name in options.given:
             shown = f"switches --{target} on" if value is True else f"means --{target} {value}"
             found.notices.append(f"{option.flag} {shown}")
+    if option.secret and options.given.get(option.name) == COMMAND_LINE:
+        found.notices.append(f"{option.flag}: others on this machine can read it in the list of processes")
     no_effect = NO_EFFECT_IN.get(option.name, {}).get(options.script)
     if no_effect is not None:
         problem = Problem(option.flag, f"has no effect in {options.script}.py: {no_effect.reason}")

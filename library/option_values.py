@@ -72,7 +72,7 @@ def check_choice(value: Any, choices: Collection[Any] | None) -> None:
         return
     listed = ", ".join(str(choice) for choice in choices)
     near = nearest(str(value), [str(choice) for choice in choices])
-    hint = f"; did you mean {near!r}?" if near else ""
+    hint = f" (did you mean {near!r}?)" if near else ""
     raise BadValue(f"{value!r} is not one of {listed}{hint}")
 
 

@@ -19,6 +19,9 @@ NO_EFFECT_IN: dict[str, dict[str, NoEffect]] = {
     "fp8_base": {
         "train_db": NoEffect("it stores frozen weights in 8 bits, and here the weights themselves are trained", True),
     },
+    "tokenizer_cache_dir": {
+        "train_db": NoEffect("the CLIP vocabulary is built in, so there is nothing to download or keep", False),
+    },
     "conditioning_data_dir": {
         "train_db": NoEffect("masks are named by the subsets of --dataset_config (key conditioning_data_dir)", False),
     },

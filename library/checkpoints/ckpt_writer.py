@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import io
 import pickle
-import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.checkpoints.tensor_files import LazyTensor, stored_dtype, tensor_bytes
+from library.checkpoints.tensor_files import LazyTensor, stored_dtype, stored_size, tensor_bytes
+from library.checkpoints.zip_writer import ZipWriter
 from library.errors import UserError
 from library.files import NewFile, atomic_file
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ROOT = "archive"
-_ALIGNMENT = 64
-_LOCAL_HEADER = 30
 _STORAGES = {
     "float64": "DoubleStorage",
     "float32": "FloatStorage",
@@ -99,34 +97,20 @@ def write_ckpt(
         for number, (name, tensor) in enumerate(tensors.items())
     )
     described: dict[str, Any] = table if counters is None else {"state_dict": table, **counters}
+    sizes = {name: stored_size(tensor, precision) for name, tensor in tensors.items()}
     buffer = io.BytesIO()
     _Pickler(buffer, protocol=2).dump(described)
     with (
-        atomic_file(path, check=_check_archive) as temporary,
+        atomic_file(path, check=_check_archive, size=sum(sizes.values())) as temporary,
         NewFile(temporary) as file,
-        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,  # type: ignore[call-overload]
+        ZipWriter(file) as archive,
     ):
-        _add(archive, "data.pkl", [buffer.getbuffer()], len(buffer.getbuffer()))
-        _add(archive, "byteorder", [b"little"], 6)
+        archive.add(f"{_ROOT}/data.pkl", [buffer.getvalue()], buffer.tell())
+        archive.add(f"{_ROOT}/byteorder", [b"little"], 6)
         for number, (name, tensor) in enumerate(tensors.items()):
-            count = stored_dtype(tensor, precision).itemsize
-            for length in tensor.shape:
-                count *= length
             pieces = tensor_bytes(name, tensor, precision, require_finite=require_finite, path=path)
-            _add(archive, f"data/{number}", pieces, count)
-        _add(archive, "version", [b"3\n"], 2)
-
-
-def _add(archive: zipfile.ZipFile, name: str, pieces: Any, size: int) -> None:
-    """Append one member, stored as it is, its data aligned by a filler in the header as torch does it."""
-    member = zipfile.ZipInfo(f"{_ROOT}/{name}")
-    member.file_size = size
-    start = archive.fp.tell() + _LOCAL_HEADER + len(member.filename) + 4  # type: ignore[union-attr]
-    filler = -start % _ALIGNMENT
-    member.extra = struct.pack("<2sH", b"FB", filler) + b"Z" * filler
-    with archive.open(member, "w") as out:
-        for piece in pieces:
-            out.write(piece)
+            archive.add(f"{_ROOT}/data/{number}", pieces, sizes[name])
+        archive.add(f"{_ROOT}/version", [b"3\n"], 2)
 
 
 def _check_archive(path: Path) -> None:

@@ -8,6 +8,7 @@ the header functions stay cheap to import.
 from __future__ import annotations
 
 import json
+import math
 import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -200,6 +201,11 @@ def stored_dtype(tensor: Tensor | LazyTensor, precision: torch.dtype | None) -> 
     return precision if precision is not None and tensor.dtype.is_floating_point else tensor.dtype
 
 
+def stored_size(tensor: Tensor | LazyTensor, precision: torch.dtype | None) -> int:
+    """Return the number of bytes that a tensor takes in a file."""
+    return stored_dtype(tensor, precision).itemsize * math.prod(tensor.shape)
+
+
 def write_safetensors(
     path: str | Path,
     tensors: Mapping[str, Tensor | LazyTensor],
@@ -225,9 +231,10 @@ def write_safetensors(
     names = _dtype_tables()[1]
     kinds = {name: _format_dtype(name, tensor, precision, names) for name, tensor in tensors.items()}
     order = sorted(tensors, key=lambda name: (-_RANK[kinds[name]], name))
-    header, size = _encode_header(tensors, kinds, order, metadata)
+    sizes = {name: stored_size(tensors[name], precision) for name in order}
+    header = _encode_header({name: (kinds[name], tensors[name].shape, sizes[name]) for name in order}, metadata)
     with ExitStack() as stack:
-        temporary = stack.enter_context(atomic_file(path, check=read_header, size=len(header) + size))
+        temporary = stack.enter_context(atomic_file(path, check=read_header, size=len(header) + sum(sizes.values())))
         file = stack.enter_context(NewFile(temporary))
         file.write(header)
         for name in order:
@@ -242,24 +249,16 @@ def _format_dtype(name: str, tensor: Tensor | LazyTensor, precision: Any, names:
     return names[dtype]
 
 
-def _encode_header(
-    tensors: Mapping[str, Tensor | LazyTensor],
-    kinds: Mapping[str, str],
-    order: list[str],
-    metadata: Mapping[str, str] | None,
-) -> tuple[bytes, int]:
+def _encode_header(rows: Mapping[str, tuple[str, Any, int]], metadata: Mapping[str, str] | None) -> bytes:
+    """Encode (dtype, shape, size in bytes) by name, in the order in which the tensors follow."""
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
-    for name in order:
-        shape = list(tensors[name].shape)
-        size = DTYPE_BITS[kinds[name]] // 8
-        for length in shape:
-            size *= length
-        table[name] = {"dtype": kinds[name], "shape": shape, "data_offsets": [position, position + size]}
+    for name, (kind, shape, size) in rows.items():
+        table[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [position, position + size]}
         position += size
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, position
+    return len(text).to_bytes(8, "little") + text
 
 
 def tensor_bytes(

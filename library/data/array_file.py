@@ -61,7 +61,7 @@ def unpack_arrays(data: Any, *, verify: bool) -> tuple[dict[str, Any], dict[str,
                 raise NotAnArrayFile("holds objects")
             arrays[name] = np.frombuffer(data, kind, int(np.prod(shape)), end + position).reshape(shape)
             if verify:
-                checksum = zlib.crc32(np.ascontiguousarray(arrays[name]).view(np.uint8), checksum)
+                checksum = zlib.crc32(np.ascontiguousarray(arrays[name]).data, checksum)
         if verify and _with_header(top["header"], top["layout"], checksum) != top["crc32"]:
             raise NotAnArrayFile("the checksum differs")
         return dict(top["header"]), arrays

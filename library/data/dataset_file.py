@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
+from library.config_file import parse_toml
 from library.errors import UserError
 
 MAX_BYTES = 16 << 20
-_PLACE = re.compile(r"\s*\(at line (\d+), column (\d+)\)")
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -24,7 +23,7 @@ def read_table(path: str) -> dict[str, Any]:
     if suffix not in (".toml", ".json"):
         raise UserError(f"not supported config file format {suffix!r}", "Use a .toml or .json file.", where=path)
     text = read_text(path)
-    table = _parse_toml(text, path) if suffix == ".toml" else parse_json(text, path)
+    table = parse_toml(text, Path(path)) if suffix == ".toml" else parse_json(text, path)
     if not isinstance(table, dict):
         raise UserError("the top level is not a table", "Start with [general] or [[datasets]].", where=path)
     return table
@@ -54,46 +53,6 @@ def read_text(path: str, limit: int = MAX_BYTES) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"not UTF-8 (line {line})", "Save it as UTF-8.", where=path) from error
-
-
-def _parse_toml(text: str, path: str) -> dict[str, Any]:
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib  # type: ignore[import-not-found,no-redef]
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise _toml_error(str(error), text, path) from error
-    except RecursionError as error:
-        raise UserError("nested too deeply", where=path) from error
-
-
-def _toml_error(message: str, text: str, path: str) -> UserError:
-    match = _PLACE.search(message)
-    if match is None:
-        return UserError(f"TOML syntax error: {message}", where=path)
-    line, column = int(match[1]), int(match[2])
-    lines = text.splitlines()
-    content = lines[line - 1].strip()[:200] if line <= len(lines) else ""
-    what = f"TOML syntax error, line {line}, column {column}: {_PLACE.sub('', message)}: {content!r}"
-    return UserError(what, _toml_hint(message, content), where=path)
-
-
-def _toml_hint(message: str, line: str) -> str:
-    """Guess from the parser's message and the line what the writer meant."""
-    value = line.partition("=")[2].strip()
-    if '"' in line and "\\" in line:
-        return "Backslashes have a meaning inside double quotes: use single quotes or forward slashes."
-    if "overwrite" in message or "already" in message or "twice" in message:
-        return "The key or table occurs twice: remove one."
-    if value in ("True", "False"):
-        return f"Write {value.lower()} in lower case."
-    if value in ("None", "null"):
-        return "TOML has no empty value: leave the key out."
-    if value[:1].isalpha() or value[:1] in "/._":
-        return "Put text in quotes."
-    return ""
 
 
 def parse_json(text: str, where: str) -> Any:

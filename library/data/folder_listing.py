@@ -15,7 +15,7 @@ from library.data.bad_files import BadFile
 from library.data.folder_tree import IMAGE_SUFFIXES
 
 _USE_DIR_FD = os.open in os.supports_dir_fd and os.stat in os.supports_dir_fd and os.scandir in os.supports_fd
-_COMPANIONS = frozenset((".npz", ".json", ".jsonl", ".toml", ".txt", ".caption", ".tags"))
+_COMPANIONS = (".npz", ".json", ".jsonl", ".toml", ".txt", ".caption", ".tags")
 NO_FILE = (-1, -1, -1)
 
 
@@ -30,10 +30,9 @@ class FolderListing:
 
     def ignored_suffixes(self, extension: str | None) -> Counter[str]:
         """Count files by suffix that are neither images nor what belongs to them."""
-        suffixes = Counter(os.path.splitext(name)[1].lower() for name in self.others if name[0] != ".")  # noqa: PTH122
-        for known in (*_COMPANIONS, extension or ""):
-            del suffixes[known]
-        return suffixes
+        belongs = (*_COMPANIONS, extension) if extension else _COMPANIONS
+        strange = [name for name in self.others if not name.endswith(belongs) and name[0] != "."]
+        return Counter(os.path.splitext(name)[1].lower() for name in strange)  # noqa: PTH122
 
     def path(self, name: str) -> str:
         """Return the path of a file in the folder, spelled as the user spelled the folder."""

@@ -65,10 +65,27 @@ class FolderSettings:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What somebody else wrote down about an image: taken when the index has nothing, and never kept in it."""
+    """What somebody else wrote down about an image: taken when the index has nothing, and never kept in it.
 
-    size_wh: tuple[int, int] | None = None
+    Attributes:
+        header: Stored width and height, and EXIF orientation.
+        caption: As it would be read.
+        stat: (size, mtime_ns) that the image must have for `header` to hold.
+        caption_stat: The same for the caption file.
+        written_ns: Without those, files changed after this time are read.
+    """
+
+    header: Header | None = None
     caption: str | None = None
+    stat: tuple[int, int] | None = None
+    caption_stat: tuple[int, int] | None = None
+    written_ns: int | None = None
+
+    def holds(self, size: int, mtime_ns: int, stat: tuple[int, int] | None) -> bool:
+        """Tell whether a file of this size and time is the one that was written about."""
+        if stat is not None:
+            return stat == (size, mtime_ns)
+        return self.written_ns is None or mtime_ns <= self.written_ns
 
 
 @dataclass(slots=True)
@@ -268,9 +285,10 @@ class _Work:
     def _read_header(self, row: int, found: list[Header]) -> None:
         name = self.names[row]
         if self.known:
-            size = self.known.get(name, _NOTHING).size_wh
-            if size is not None:
-                found[row] = (*size, 1)
+            known = self.known.get(name, _NOTHING)
+            size, mtime_ns, _ctime = self.stats[row].tolist()
+            if known.header is not None and size > 0 and known.holds(size, mtime_ns, known.stat):
+                found[row] = known.header
                 self.untrusted.add(name)
                 return
         try:
@@ -285,7 +303,7 @@ class _Work:
             if header is None:
                 header = ask_pillow(self.listing.path(name), self.settings.max_pixels)
             if header[0] * header[1] > self.settings.max_pixels:
-                raise too_many_pixels(header[0], header[1], self.settings.max_pixels)
+                raise too_many_pixels(header[0] * header[1], self.settings.max_pixels)
             found[row] = header
         except BadHeader as error:
             self._refuse(row, name, error.reason, error.hint)
@@ -294,12 +312,13 @@ class _Work:
 
     def _read_caption(self, row: int) -> None:
         name = self.captions_in[row]
+        size, mtime_ns, _ctime = self.caption_stats[row].tolist()
         if self.known:
-            caption = self.known.get(self.names[row], _NOTHING).caption
-            if caption is not None:
-                self.states[row], self.new_captions[row] = READ, caption
+            known = self.known.get(self.names[row], _NOTHING)
+            if known.caption is not None and known.holds(size, mtime_ns, known.caption_stat):
+                self.states[row], self.new_captions[row] = READ, known.caption
+                self.untrusted.add(self.names[row])
                 return
-        size = int(self.caption_stats[row, 0])
         if size == 0:
             self.states[row] = EMPTY_FILE
             return

@@ -218,11 +218,8 @@ def at_offset(descriptor: int) -> ReadAt:
     return seek_and_read
 
 
-def too_many_pixels(width: int, height: int, limit: int) -> BadHeader | None:
-    """Return the complaint about an image larger than the limit, or None."""
-    pixels = width * height
-    if pixels <= limit:
-        return None
+def too_many_pixels(pixels: int, limit: int) -> BadHeader:
+    """Return the complaint about an image larger than the limit."""
     amount = f"{pixels / 1e9:.1f} Gpx" if pixels >= 1e9 else f"{pixels / 1e6:.0f} Mpx"
     reason = f"image has {amount}, limit {limit / 1e6:.0f} Mpx (--max_image_pixels)"
     return BadHeader(reason, "Shrink it or raise the limit.")

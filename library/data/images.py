@@ -10,6 +10,7 @@ import logging
 import stat
 import struct
 import threading
+import warnings
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -243,6 +244,7 @@ def _pillow_formats() -> tuple[str, ...]:
     from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = None
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks on damaged metadata, which are not used
     for plugin in (*_PLUGINS, "TiffImagePlugin", "pillow_jxl"):
         try:
             importlib.import_module(plugin if plugin == "pillow_jxl" else f"PIL.{plugin}")

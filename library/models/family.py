@@ -55,6 +55,13 @@ class ModelFamily(Protocol):
     def text_encoders(self) -> tuple[nn.Module, ...]:
         """The text encoders, in the order of `tokenizers`."""
 
+    @property
+    def source_kind(self) -> str:
+        """How the model came: `safetensors`, `ckpt` or `diffusers`."""
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that never get a gradient."""
+
     def parts(self) -> dict[str, nn.Module]:
         """Return what can be trained, in the reference's order; the names appear in state folders and log names."""
 

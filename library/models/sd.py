@@ -102,6 +102,11 @@ class StableDiffusion:
         """The text encoder."""
         return (self.text_encoder,)
 
+    @property
+    def source_kind(self) -> str:
+        """How the model came: `safetensors`, `ckpt` or `diffusers`."""
+        return self._loaded.source.kind
+
     def parts(self) -> dict[str, nn.Module]:
         """Return what can be trained, in the reference's order."""
         return {"unet": self.unet, "text_encoder": self.text_encoder}

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.models.assemble import build_module, check_weights, from_config
 
@@ -114,11 +114,12 @@ class ImageCoder:
     @contextmanager
     def _float32(self) -> Iterator[None]:
         """Widen the weights for one batch: what is computed for it must not depend on batches before it."""
-        self.model.to(torch.float32)
+        # Not `model.to`: diffusers warns of a change of type, whatever the model.
+        nn.Module.to(self.model, torch.float32)
         try:
             yield
         finally:
-            self.model.to(self.dtype)
+            nn.Module.to(self.model, self.dtype)
 
     def _warn(self, action: str) -> None:
         if not self._warned:

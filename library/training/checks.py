@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from library.option_values import nearest
 
 if TYPE_CHECKING:
     from library.training.options import TrainingOptions
+
+logger = logging.getLogger(__name__)
 
 _MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
@@ -59,7 +62,10 @@ def check_output(options: TrainingOptions) -> Iterator[Problem]:
         if options.data.debug_dataset:
             yield from _writable(str(Path.cwd()), "the working folder, where the report goes")
         return
-    yield from _writable(folder, "--output_dir")
+    problems = list(_writable(folder, "--output_dir"))
+    yield from problems
+    if not problems and not options.data.debug_dataset:
+        _warn_of_little_space(options)
     if options.log.logging_dir and not options.data.debug_dataset:
         yield from _writable(options.log.logging_dir, "--logging_dir")
 
@@ -68,6 +74,21 @@ def _writable(folder: str, where: str) -> Iterator[Problem]:
     from library.files import check_writable_folder
 
     yield from check_writable_folder(folder, where)
+
+
+def _warn_of_little_space(options: TrainingOptions) -> None:
+    """A saved model is about as large as the file that it came from; a state about four times (weights, moments)."""
+    from library.files import format_bytes, free_bytes
+
+    source = Path(options.model.pretrained_model_name_or_path or "")
+    if not source.is_file() or not options.save.output_dir:
+        return
+    size = source.stat().st_size
+    states = options.state.save_state or options.state.save_state_on_train_end
+    needed, free = size * 5 if states else size, free_bytes(options.save.output_dir)
+    if free < needed:
+        what = "a model and a state need" if states else "a model needs"
+        logger.warning("--output_dir: %s free, but %s about %s", format_bytes(free), what, format_bytes(needed))
 
 
 def _missing(options: TrainingOptions) -> Iterator[Problem]:

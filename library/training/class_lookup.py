@@ -8,7 +8,6 @@ time) counts as correct here and is found out when the class is imported.
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import importlib.util
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library import option_values
 from library.errors import UserError
 
 _MOST_HOPS = 8
@@ -87,8 +87,8 @@ def import_class(import_path: str, where: str) -> Any:
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the one of `known` that is most like `name`, however it is capitalised, or None."""
     by_lower = {candidate.lower(): candidate for candidate in known}
-    near = difflib.get_close_matches(name.lower(), by_lower, 1)
-    return by_lower[near[0]] if near else None
+    near = option_values.nearest(name.lower(), by_lower, cutoff=0.6)
+    return by_lower[near] if near else None
 
 
 def install_hint(import_path: str) -> str:

@@ -10,6 +10,7 @@ cannot be taken back. `check_fused_backward` in `optimizers.py` says when all th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from library.draws import generator_for
 from library.randomness import derive
+from library.training.non_finite import diverged
 from library.training.stepping import StepOutcome, clip_factor
 
 if TYPE_CHECKING:
@@ -48,11 +50,12 @@ class FusedBackward:
         self._handles: list[Any] = []
 
     def attach(self) -> None:
-        """Put a hook on every parameter of the optimizer."""
-        for number, group in enumerate(self._optimizer.param_groups):
-            for param in group["params"]:
-                hook = self._hook(number, len(self._handles))
-                self._handles.append(param.register_post_accumulate_grad_hook(hook))
+        """Put a hook on every parameter of the optimizer that trains."""
+        groups = enumerate(self._optimizer.param_groups)
+        numbered = ((number, param) for number, group in groups for param in group["params"])
+        for index, (number, param) in enumerate(numbered):
+            if param.requires_grad:
+                self._handles.append(param.register_post_accumulate_grad_hook(self._hook(number, index)))
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -63,6 +66,16 @@ class FusedBackward:
         """Tell which update the next backward pass belongs to."""
         self._step = step
         self._norms.clear()
+
+    def backward(self, loss: Tensor) -> None:
+        """Run the backward pass, which steps. Costs one read of the loss by the host.
+
+        Raises:
+            StopTraining: with exit status 5, if the loss is not finite and would spoil the weights.
+        """
+        if not math.isfinite(loss.item()):
+            raise diverged(f"the loss of update {self._step + 1}")
+        loss.backward()
 
     def finish(self) -> StepOutcome:
         """Return the outcome of the update after its backward pass; `skipped` means that the weights are spoilt."""

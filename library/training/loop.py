@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
+import signal
+from collections.abc import Generator
+from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 
-from library.contracts import Position
+from library import log
+from library.contracts import Batch, Position
 from library.errors import StopTraining
 from library.files import fault_point
 from library.randomness import derive
-from library.training.setup import Training, set_up
+from library.training.observers import observe
+from library.training.setup import Training, make_sampler, make_saver, set_up
+from library.training.tracking import learning_rates, peak_memory_mb
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from library.contracts import Batch
     from library.data.dataset import TrainingData
-    from library.inference.render import DiffusionRenderer
     from library.models.family import ModelFamily
     from library.training.methods.base import Method
     from library.training.options import TrainingOptions
@@ -28,108 +29,174 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def fit(
-    run: Run,
-    family: ModelFamily,
-    method: Method,
-    data: TrainingData,
-    opts: TrainingOptions,
-    *,
-    renderer: DiffusionRenderer,
-) -> None:
+def fit(run: Run, family: ModelFamily, method: Method, data: TrainingData, opts: TrainingOptions) -> None:
     """Train until the run's length is reached, a signal arrives, or training diverges.
 
     Raises:
-        StopTraining: with exit status 130/143 after a signal, 5 when training diverged, 4 when saving failed.
+        StopTraining: with exit status 130 or 143 after a signal, 5 when training diverged, 4 when saving failed.
     """
-    training = set_up(run, family, method, data, opts, renderer=renderer)
-    with training.tracker:
-        Loop(run, training).train()
+    training = set_up(run, family, method, data, opts)
+    with run.stop.deferred(), training.tracker:
+        Loop(run, training, data).train()
 
 
 class Loop:
-    """Runs updates; holds the position and nothing else that is not in `Training`."""
+    """Runs updates. Holds the position in the run; everything else is in `Training`."""
 
-    def __init__(self, run: Run, training: Training) -> None:
+    def __init__(self, run: Run, training: Training, data: TrainingData) -> None:
         self.run = run
         self.training = training
-        self.position: Position = training.position
+        self.position: Position = run.begin.position
+        self.sampler = make_sampler(training)
+        self.saver = make_saver(training, data, lambda: self.position)
         self.half_way = False
-        """True between the start and the end of an optimizer step, when the weights fit no position."""
+        """True between the start and the end of an optimizer step, when the weights belong to no position."""
 
     def train(self) -> None:
         """Run all updates, then the final saves."""
-        training, run = self.training, self.run
-        if training.sampler.wants_first(self.position.step):
+        total = self.training.length.total_steps
+        if self.run.begin.finished:
+            logger.info("nothing to do: all %d updates of this run are done", total)
+        elif self.sampler.wants_first(self.position.step):
             self._sample()
-        batches = training.loader.iterate(self.position)
-        try:
-            while self.position.step < training.length.total_steps:
-                self._update(batches)
-                self._between_updates()
-        except StopTraining:
-            raise
-        except BaseException as error:
-            self._rescue(error)
-            raise
-        finally:
-            training.loader.close()
-        run.barrier()
-        self._finish()
+        with closing(self.training.loader.iterate(self.position)) as batches:
+            try:
+                while self.position.step < total:
+                    self._update(batches)
+                    self._between_updates()
+            except StopTraining:
+                raise
+            except BaseException:
+                self._rescue()
+                raise
+        self.training.tracker.flush()
+        self.training.stepper.watch.flush()
+        self.saver.finish(self.position)
+        self._summarise()
 
-    def _update(self, batches: Iterator[Batch]) -> None:
-        """One optimizer update: K micro-batches over all ranks, then the step."""
-        training, run = self.training, self.run
+    def _update(self, batches: Generator[Batch, None, None]) -> None:
+        """One optimizer update: its micro-batches on this rank, then the step."""
+        training = self.training
         if training.method.enter_step(self.position.step):
-            training.rewrap(run)
+            training.wrap()
         images, losses = 0, []
         while True:
             batch = next(batches)
-            if run.device.type != "cpu":
-                batch = batch.to(run.device)
+            if self.run.device.type != "cpu":
+                batch = batch.to(self.run.device)
             losses.append(self._micro_step(batch))
             images += batch.size if batch.key.share else 0
-            training.tracker.count_replaced(batch.replaced)
             if batch.key.last_in_update:
                 break
-        fault_point("step.optimizer_mid")
         self.half_way = True
+        fault_point("step.optimizer_mid")
         outcome = training.stepper.step()
+        training.stepper.zero_grad()
         training.lr_schedule.step()
-        training.zero_grad()
-        training.objective.after_update(run.reduce)
+        training.objective.after_update(self.run.sum)
         training.method.after_update(self.position.step)
-        self.half_way = False
         self.position = self.position.advance(training.length)
-        training.record_update(run, self.position, losses, outcome, images)
+        self.half_way = False
         fault_point("step.after")
+        self._track(torch.stack(losses).mean(), outcome.grad_norm, images)
 
     def _micro_step(self, batch: Batch) -> torch.Tensor:
         """Forward and backward of one micro-batch; returns its mean unweighted loss, on the device."""
-        training, run = self.training, self.run
-        key = batch.key
+        training, key = self.training, batch.key
         if training.method.uses_global_randomness:
-            torch.manual_seed(derive(run.seed, "net", key.step_key.step, key.step_key.micro))
+            torch.manual_seed(derive(self.run.seed, "net", key.step_key.step, key.step_key.micro))
         fault_point("step.forward")
-        held_back = nullcontext() if key.last_in_update or run.world_size == 1 else training.module.no_sync()
-        with held_back:
+        alone = self.run.world_size == 1 or key.last_in_update
+        with nullcontext() if alone else training.module.no_sync():  # type: ignore[operator]
             loss, per_sample = training.module(batch)
             fault_point("step.backward")
             training.stepper.backward(loss)
-        return per_sample.mean() * key.share
+        return per_sample.mean()
+
+    def _track(self, loss: torch.Tensor, grad_norm: torch.Tensor, images: int) -> None:
+        """Hand the update's numbers to the tracker, as tensors: nothing waits for the device."""
+        training, world = self.training, self.run.world_size
+        if world > 1:
+            loss = self.run.sum(loss) / world
+        values = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            **learning_rates(training.built, training.rate_names),
+            "data_wait_seconds": training.loader.wait_seconds,
+            **peak_memory_mb(self.run.device),
+        }
+        ended = self.position.update_in_epoch == 0
+        training.tracker.update(self.position, values, images=images * world, epoch_ended=ended)
 
     def _between_updates(self) -> None:
-        """Track, stop, sample, save: in this order, after every update."""
-        training, run = self.training, self.run
-        step, epoch_ended = self.position.step, self.position.update_in_epoch == 0
-        training.tracker.after_update(self.position, epoch_ended)
-        wish = training.stop_wish(run)
-        if wish.save_now:
-            self._save_state_now("signal")
-        if wish.signal is not None:
-            self._stop(wish.signal)
-        finished = step >= training.length.total_steps
-        if training.sampler.due(step, self.position.epoch, epoch_ended):
+        """Stop, sample, save: in this order, after every update."""
+        position, epoch_ended = self.position, self.position.update_in_epoch == 0
+        log.summary.step = position.step
+        if epoch_ended:
+            fault_point("epoch.end")
+        signum, save_now = self._wishes()
+        if signum:
+            self._stop(signum)
+        if save_now:
+            self.saver.save_state_now(position)
+        if self.sampler.due(position.step, position.epoch, epoch_ended):
             self._sample()
-        if not finished:
-            training.saver.after_update(self.position, epoch_ended)
+        self.saver.after_update(position, epoch_ended=epoch_ended)
+        self._note_state()
+
+    def _wishes(self) -> tuple[int, bool]:
+        """Return the signal that any rank received (0: none), and whether any was asked to save a state."""
+        stop = self.run.stop
+        signum, save = stop.requested or 0, stop.take_save_request()
+        if self.run.world_size == 1:
+            return signum, save
+        wishes = torch.tensor([signum, int(save)], device=self.run.device)
+        torch.distributed.all_reduce(wishes, op=torch.distributed.ReduceOp.MAX)
+        signum, wanted = wishes.tolist()
+        if signum:
+            stop.request(signum)
+        return int(signum), bool(wanted)
+
+    def _stop(self, signum: int) -> None:
+        """Save a state and end the run because of a signal."""
+        name = signal.Signals(signum).name
+        if self.run.opts.state.no_save_on_interrupt:
+            raise self.run.stop.stop(f"stopped by {name} after update {self.position.step}; no state was saved")
+        folder = self.saver.save_state_now(self.position, insist=True)
+        self._note_state()
+        raise self.run.stop.stop(
+            f"stopped by {name} after update {self.position.step} of {self.training.length.total_steps}. To go on, run "
+            f"the same command with --resume={folder}"
+        )
+
+    def _sample(self) -> None:
+        fault_point("sample.mid")
+        with observe(self.training.method, self.training.built):
+            self.sampler.run(self.position.step, self.position.epoch)
+        self.run.barrier()
+
+    def _rescue(self) -> None:
+        """Save the state of the last whole update when something unexpected ends the run."""
+        if self.half_way or self.position == self.run.begin.position or self.run.world_size > 1:
+            return
+        logger.error("saving the state after update %d before the run ends with an error", self.position.step)
+        try:
+            self.training.stepper.zero_grad()
+            self.saver.save_state_now(self.position)
+            self._note_state()
+        except StopTraining as error:
+            logger.error("%s", error.reason)
+
+    def _note_state(self) -> None:
+        if self.saver.last_state is not None:
+            log.summary.last_state = str(self.saver.last_state)
+
+    def _summarise(self) -> None:
+        self._note_state()
+        if self.training.loader.replaced:
+            log.summary.skip("images replaced during training", self.training.loader.replaced)
+        if self.sampler.failures:
+            log.summary.skip("sample pictures that failed", self.sampler.failures)
+        if self.saver.failures:
+            log.summary.skip("saves that failed", len(self.saver.failures))
+        logger.info("done: %s", self.saver.last_model)

@@ -140,12 +140,6 @@ class OptimizerOptions(OptionGroup, title="optimizer"):
         help="Stop after this many updates in a row without finite gradients. 0: at the first one.",
     )
 
-    def check(self) -> Iterator[Problem]:
-        """Refuse names that cannot name an optimizer."""
-        name = self.optimizer_type
-        if name and not all(part.isidentifier() for part in name.split(".")):
-            yield Problem("--optimizer_type", f"{name!r} is not a name or package.module.Class")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleOptions(OptionGroup, title="schedule"):

@@ -11,18 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from library.errors import UserError
 from library.files import clean_litter
 from library.lock_file import LockFile
 from library.models.family import WeightPlan
 from library.signals import StopFlag
+from library.training.beginning import find_beginning
 from library.training.ranks import Ranks
 from library.training.step import Autocast
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from library.data.dataset import TrainingData
     from library.training.options import DistributedOptions, PrecisionOptions, TrainingOptions
 
 logger = logging.getLogger(__name__)
@@ -36,9 +39,11 @@ _DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 class Run:
     """Context of one run. Inside it the output folder is locked and signals set a flag instead of killing."""
 
-    def __init__(self, opts: TrainingOptions) -> None:
+    def __init__(self, opts: TrainingOptions, data: TrainingData) -> None:
         self.opts = opts
-        self.accelerator = _make_accelerator(opts.distributed, opts.precision, opts.length.gradient_accumulation_steps)
+        self.data = data
+        self._ddp = _ddp_settings(opts.distributed)
+        self.accelerator = _make_accelerator(opts, self._ddp)
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
@@ -51,7 +56,7 @@ class Run:
         self.mixed_dtype = _DTYPES[opts.precision.mixed_precision]
         self.autocast = Autocast(self.device, self.mixed_dtype)
         self.scaler = _make_scaler(self.device, opts.precision)
-        self.seed = opts.length.seed if opts.length.seed is not None else self._fresh_seed()
+        self.seed = opts.length.seed or 0
         self._cleanup = ExitStack()
 
     @property
@@ -89,6 +94,8 @@ class Run:
             self._cleanup.enter_context(LockFile(self.output_dir / f".{name}.lock"))
         self._cleanup.enter_context(self.stop)
         _set_determinism(self.opts.length.deterministic)
+        self.begin = find_beginning(self.opts, self.data, self.device, self.ranks)
+        self.seed = self._resolve_seed()
         # Nothing of ours draws from the global generator; third-party code may.
         torch.manual_seed(self.seed)
         return self
@@ -118,38 +125,42 @@ class Run:
             torch.distributed.all_reduce(tensor)
         return tensor
 
-    def adopt_seed(self, seed: int) -> None:
-        """Go on with the seed of the state that is being resumed, when the user gave none."""
-        if self.opts.length.seed is None:
-            self.seed = seed
+    def wrap(self, step: nn.Module, *, may_skip_parameters: bool) -> nn.Module:
+        """Place the step, and let processes share its gradients."""
+        if self.world_size == 1:
+            return step
+        self._ddp.find_unused_parameters = may_skip_parameters
+        return self.accelerator.prepare_model(step)
 
-    def _fresh_seed(self) -> int:
+    def _resolve_seed(self) -> int:
+        """Return `--seed`, else that of the state that is resumed, else a fresh one, which is told."""
+        given, stored = self.opts.length.seed, self.begin.stored
+        if given is not None:
+            return given
+        if stored is not None and stored.info.seed is not None:
+            return stored.info.seed
         seed = int(self.broadcast(secrets.randbits(32)))
         logger.info("no --seed given: this run uses %d", seed)
         return seed
 
 
-def _make_accelerator(distributed: DistributedOptions, precision: PrecisionOptions, accumulation: int) -> Any:
-    from accelerate import Accelerator, InitProcessGroupKwargs
+def _ddp_settings(distributed: DistributedOptions) -> Any:
     from accelerate.utils import DistributedDataParallelKwargs
 
-    minutes = distributed.ddp_timeout or SETUP_TIMEOUT_MINUTES
-    handlers: list[Any] = [
-        InitProcessGroupKwargs(timeout=timedelta(minutes=minutes)),
-        DistributedDataParallelKwargs(
-            broadcast_buffers=False,
-            gradient_as_bucket_view=distributed.ddp_gradient_as_bucket_view,
-            static_graph=distributed.ddp_static_graph,
-        ),
-    ]
-    plugin = None
-    if distributed.deepspeed:
-        from library.training.deepspeed import make_plugin
+    return DistributedDataParallelKwargs(
+        broadcast_buffers=False,
+        gradient_as_bucket_view=distributed.ddp_gradient_as_bucket_view,
+        static_graph=distributed.ddp_static_graph,
+    )
 
-        plugin = make_plugin(distributed, accumulation)
-    # The step enters autocast and the loop scales gradients: accelerate places modules and starts processes.
-    mixed = precision.mixed_precision if plugin is not None else "no"
-    return Accelerator(mixed_precision=mixed, kwargs_handlers=handlers, deepspeed_plugin=plugin)
+
+def _make_accelerator(opts: TrainingOptions, ddp: Any) -> Any:
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    minutes = opts.distributed.ddp_timeout or SETUP_TIMEOUT_MINUTES
+    handlers = [InitProcessGroupKwargs(timeout=timedelta(minutes=minutes)), ddp]
+    # The step enters autocast and the stepper scales losses; accelerate starts processes and places modules.
+    return Accelerator(mixed_precision="no", kwargs_handlers=handlers)
 
 
 def _make_scaler(device: torch.device, precision: PrecisionOptions) -> Any:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from library.checkpoints.pickles import load_pickle
 from library.checkpoints.tensor_files import NonFiniteWeights, all_finite, open_tensors, write_safetensors
-from library.errors import EXIT_CANNOT_SAVE, StopTraining, UserError
-from library.files import NewFile, atomic_folder, fault_point, write_bytes, write_json
+from library.errors import EXIT_CANNOT_SAVE, EXIT_USER, StopTraining, UserError
+from library.files import CannotSave, NewFile, atomic_folder, fault_point, write_bytes, write_json
 from library.training.ranks import Ranks
 from library.training.state_files import (
     EMA_NUMBERS,
@@ -118,7 +118,7 @@ def save_state(folder: str | Path, parts: StateParts, info: StateInfo, ranks: Ra
         ranks: the processes of the run; rank 0 writes.
 
     Raises:
-        CannotSave: rank 0 could not write (the other ranks raise `StopTraining` with the same text and status).
+        CannotSave: rank 0 could not write; raised on every rank.
         NonFiniteWeights: weights hold NaN or infinity.
     """
     ranks = ranks or Ranks()
@@ -136,7 +136,8 @@ def save_state(folder: str | Path, parts: StateParts, info: StateInfo, ranks: Ra
     if error is not None:
         raise error
     if failure is not None:
-        raise StopTraining(*failure)
+        reason, code = failure
+        raise CannotSave(reason, folder) if code == EXIT_CANNOT_SAVE else StopTraining(reason, code)
 
 
 def load_state(
@@ -224,7 +225,7 @@ def _write_pickle(path: Path, value: Any) -> Path:
         load_pickle(path)
     except UserError as error:
         what = f"{path.name}: this optimizer or schedule keeps objects that cannot be stored safely ({error})"
-        raise StopTraining(what, EXIT_CANNOT_SAVE) from error
+        raise StopTraining(what, EXIT_USER) from error
     return path
 
 

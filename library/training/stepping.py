@@ -5,7 +5,7 @@ Where the optimizer allows it the device decides by itself, so that the host nev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -108,3 +108,8 @@ def _step_scaled(optimizer: Any, params: Sequence[Tensor], max_grad_norm: float,
     blame = scaler._get_scale_async() < 1.0
     scaler.update()
     return _outcome(norm, torch.isfinite(norm), blame)
+
+
+def trainable(groups: Iterable[dict[str, Any]]) -> list[Tensor]:
+    """Return all tensors of an optimizer's parameter groups, in order."""
+    return [param for group in groups for param in group["params"]]

@@ -1,14 +1,21 @@
 """The options of train_db.py are those that users' command lines and scripts were written for, plus ours."""
 
+import ast
 import json
+import shlex
 from pathlib import Path
 
 import pytest
-import train_db
 
+import train_db
 from library.option_parser import parse
 from library.option_values import type_name
 from library.retired import ELSEWHERE, NO_EFFECT_IN, SPELLINGS
+
+ROOT = Path(__file__).parents[2]
+DECLARATIONS = {"options.py", "options_objective.py", "options_output.py", "checks.py", "retired.py", "options_doc.py"}
+# Options that ask for what always happens.
+HONOURED = {"sdpa", "persistent_data_loader_workers"}
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "train_db_options.json").read_text(encoding="utf-8"))
 OURS = {
@@ -87,19 +94,48 @@ def test_documented_command_lines_parse(places, monkeypatch):
     first = parse(
         train_db.Options,
         start
-        + "--resolution=512 --train_batch_size=1 --learning_rate=1e-6 --max_train_steps=1600 --use_8bit_adam "
-        "--xformers --mixed_precision=bf16 --cache_latents --gradient_checkpointing".split(),
+        + shlex.split(
+            "--resolution=512 --train_batch_size=1 --learning_rate=1e-6 --max_train_steps=1600 --use_8bit_adam "
+            "--xformers --mixed_precision=bf16 --cache_latents --gradient_checkpointing"
+        ),
     )
     assert first.optimizer.learning_rate == 1e-6
     assert not first.warnings
     second = parse(
         train_db.Options,
         start
-        + "--resolution=768,512 --train_batch_size=20 --learning_rate=5e-6 --max_train_steps=800 --use_8bit_adam "
-        "--xformers --mixed_precision=bf16 --save_every_n_epochs=1 --save_state --save_precision=bf16 "
-        "--logging_dir=logs --enable_bucket --min_bucket_reso=384 --max_bucket_reso=1280 --color_aug --flip_aug "
-        "--gradient_checkpointing --seed 42".split(),
+        + shlex.split(
+            "--resolution=768,512 --train_batch_size=20 --learning_rate=5e-6 --max_train_steps=800 --use_8bit_adam "
+            "--xformers --mixed_precision=bf16 --save_every_n_epochs=1 --save_state --save_precision=bf16 "
+            "--logging_dir=logs --enable_bucket --min_bucket_reso=384 --max_bucket_reso=1280 --color_aug --flip_aug "
+            "--gradient_checkpointing --seed 42"
+        ),
     )
     assert second.data.resolution == "768,512"
     assert (second.length.seed, second.data.batch_size) == (42, 20)
     assert not second.warnings
+
+
+def _words_of_consumers():
+    """Return every attribute name and text constant of the code outside the declarations."""
+    words = set()
+    files = [*(ROOT / "library").rglob("*.py"), ROOT / "train_db.py"]
+    for path in files:
+        if path.name in DECLARATIONS:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                words.add(node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+                words.add(node.value)
+    return words
+
+
+def test_every_option_is_used_or_says_that_it_is_not():
+    words = _words_of_consumers()
+    unused = [
+        name
+        for name, option in OPTIONS.items()
+        if option.field_name not in words and "train_db" not in NO_EFFECT_IN.get(name, {}) and name not in HONOURED
+    ]
+    assert not unused

@@ -1,5 +1,7 @@
 """The same weights, prompt embeddings, seed and scheduler give the picture that a diffusers pipeline makes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -161,3 +163,37 @@ def test_velocity_and_rescaled_schedule(families, sampler):
 def test_without_guidance(families):
     requests = requests_for("ddim", scale=1.0)[:1]
     agree(ours(families["epsilon"], requests), theirs(families["epsilon"], requests))
+
+
+@pytest.mark.parametrize(("kind", "v_prediction"), [("sd1", False), ("sd2", True)])
+def test_a_model_folder_gives_the_picture_of_its_own_pipeline(tmp_path, kind, v_prediction):
+    """From the text of the prompt to the pixels, with the text encoder and the tokenizer of a folder."""
+    from diffusers import StableDiffusionPipeline
+
+    from library.models.family import WeightPlan
+    from library.models.options import MemoryOptions, ModelOptions, TextOptions
+    from library.models.random_models import make_random_sd
+    from library.models.sd import StableDiffusion
+    from library.models.specs import stable_diffusion_spec
+
+    folder = make_random_sd(tmp_path / kind, kind, layout="diffusers_safetensors", v_prediction=v_prediction)
+    model = ModelOptions(pretrained_model_name_or_path=str(folder), v2=kind == "sd2", v_parameterization=v_prediction)
+    family = StableDiffusion.load(
+        model, TextOptions(), MemoryOptions(), spec=stable_diffusion_spec(model), weights=WeightPlan()
+    )
+    request, other = requests_for("ddim", steps=3)
+    (mine,) = ours(family, [request])
+    assert abs(mine - ours(family, [replace(request, prompt=other.prompt)])[0]).max() > 1, "the text must matter"
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = published("ddim", family.spec.prediction_type)
+    made = pipeline(
+        request.prompt,
+        negative_prompt=request.negative_prompt,
+        generator=torch.Generator("cpu").manual_seed(request.seed),
+        num_inference_steps=request.steps,
+        guidance_scale=request.scale,
+        width=request.width,
+        height=request.height,
+    )
+    agree([mine], [np.asarray(made.images[0]).astype(int)])

@@ -146,7 +146,7 @@ def test_resolution_refuses(value):
     ("words", "message"),
     [
         (["--shape", "triangle"], "--shape: 'triangle' is not one of round, square."),
-        (["--shape", "squar"], "--shape: 'squar' is not one of round, square; did you mean 'square'?."),
+        (["--shape", "squar"], "--shape: 'squar' is not one of round, square (did you mean 'square'?)."),
         (["--paint_batch", "two"], "--paint_batch: expected a whole number, got 'two'."),
         (["--paint_batch", "9" * 5000], "--paint_batch: expected a whole number, got '9"),
         (["--shape=square", "--corner_radius", "-1"], "--corner_radius: must be at least 0, got -1.0."),
@@ -209,6 +209,12 @@ def test_implied_options():
     assert PaintOptions(varnish=True).primer
     assert options.notices == ("--varnish switches --primer on",)
     assert not options.warnings
+
+
+def test_secrets_on_the_command_line_are_pointed_out(tmp_path):
+    assert "list of processes" in parse(Things, ["--token=abc"]).notices[0]
+    (tmp_path / "c.toml").write_text("token = 'abc'", encoding="utf-8")
+    assert parse(Things, [f"--config_file={tmp_path / 'c.toml'}"]).notices == ()
 
 
 def test_zero_switches_off():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from library.contracts import ParamGroup
+from library.errors import StopTraining
 from library.training.fused_backward import FusedBackward, round_at_random
 from library.training.optimizer_state import load_optimizer_state
 from library.training.optimizers import OPTIMIZERS, build_optimizer, check_fused_backward
@@ -27,9 +28,13 @@ def build(model, name, *args, lr=1e-2):
     return build_optimizer(OptimizerOptions(optimizer_type=name, optimizer_args=args, learning_rate=lr), groups)
 
 
-def backward(model, step, dtype=torch.float32):
+def loss_of(model, step, dtype=torch.float32):
     data = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(step)).to(dtype)
-    model(data).float().square().mean().backward()
+    return model(data).float().square().mean()
+
+
+def backward(model, step, dtype=torch.float32):
+    loss_of(model, step, dtype).backward()
 
 
 def train_whole(model, built, steps, max_grad_norm=0.0, dtype=torch.float32):
@@ -49,7 +54,7 @@ def train_fused(model, built, steps, max_grad_norm=0.0, dtype=torch.float32, see
     fused.attach()
     for step in steps:
         fused.begin(step)
-        backward(model, step, dtype)
+        fused.backward(loss_of(model, step, dtype))
         assert all(param.grad is None for param in model.parameters())
         norms.append(fused.finish().grad_norm)
         for group in built.optimizer.param_groups:
@@ -111,6 +116,17 @@ def test_a_gradient_that_is_not_finite_is_reported():
     fused.begin(0)
     (model(torch.ones(1, 3, 8, 8)).sum() * float("nan")).backward()
     assert fused.finish().skipped
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_spoils_the_weights():
+    model = network()
+    fused = FusedBackward(build(model, "AdamW"), 1.0)
+    fused.attach()
+    fused.begin(6)
+    with pytest.raises(StopTraining, match="the loss of update 7") as caught:
+        fused.backward(model(torch.ones(1, 3, 8, 8)).sum() * float("nan"))
+    assert caught.value.exit_code == 5
+    assert same(model, network())
 
 
 def test_parameters_that_stopped_training_are_left_alone():

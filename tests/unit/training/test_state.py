@@ -192,7 +192,9 @@ class TestRoundTrip:
         def parts(number):
             plain = build()
             average = Averages(torch.full((2,), float(number)))
-            return replace(plain, scaler=Memory({"scale": number}), objective=Memory({"t": torch.tensor(number)}), ema=average)
+            return replace(
+                plain, scaler=Memory({"scale": number}), objective=Memory({"t": torch.tensor(number)}), ema=average
+            )
 
         before, after = parts(3), parts(4)
         save_state(tmp_path / "s", before, info())
@@ -221,9 +223,7 @@ class TestLayout:
         assert set(listed) == names - {"resume.json"}
         assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
-    @pytest.mark.parametrize(
-        ("position", "epoch"), [((3, 0, 3), 1), ((5, 1, 0), 1), ((6, 1, 1), 2), ((0, 0, 0), 1)]
-    )
+    @pytest.mark.parametrize(("position", "epoch"), [((3, 0, 3), 1), ((5, 1, 0), 1), ((6, 1, 1), 2), ((0, 0, 0), 1)])
     def test_the_references_counters(self, tmp_path, position, epoch):
         folder = tmp_path / "s"
         save_state(folder, build(), replace(info(), position=Position(*position)))
@@ -440,7 +440,9 @@ class TestRefusals:
         with pytest.raises(ValueError, match="training mode"):
             save_state(tmp_path / "s", parts, info())
 
-    @pytest.mark.parametrize("point", ["state.between_files:eio:2", "state.before_manifest:enospc", "save.mid:enospc:3"])
+    @pytest.mark.parametrize(
+        "point", ["state.between_files:eio:2", "state.before_manifest:enospc", "save.mid:enospc:3"]
+    )
     def test_a_failed_save_leaves_the_old_state(self, tmp_path, monkeypatch, point):
         parts = build()
         folder = saved(tmp_path, parts=parts)
@@ -532,7 +534,8 @@ class TestReferenceStates:
         assert same(bits(parts), bits(fresh))
 
     @pytest.mark.parametrize(
-        ("name", "counter", "step"), [("p-step00000012-state", False, 12), ("p-step00000012-state", True, 7), ("p", False, 2)]
+        ("name", "counter", "step"),
+        [("p-step00000012-state", False, 12), ("p-step00000012-state", True, 7), ("p", False, 2)],
     )
     def test_where_the_step_comes_from(self, tmp_path, name, counter, step):
         parts = build()
@@ -558,8 +561,8 @@ class TestReferenceStates:
 class TestParameterOrder:
     def test_only_the_inside_of_transformer_blocks_moves(self):
         block = "down_blocks.0.attentions.0.transformer_blocks.0."
-        children = ["norm1.weight", "norm1.bias", "attn1.to_q.weight", "norm2.weight", "attn2.to_q.weight", "norm3.weight",
-                    "ff.net.0.proj.weight", "ff.net.2.weight"]  # fmt: skip
+        children = ["norm1.weight", "norm1.bias", "attn1.to_q.weight", "norm2.weight", "attn2.to_q.weight"]
+        children += ["norm3.weight", "ff.net.0.proj.weight", "ff.net.2.weight"]
         names = ["conv_in.weight", *(block + name for name in children), "mid.norm1.weight"]
         names += [f"{block.replace('.0.transformer', '.1.transformer')}{name}" for name in children]
         ordered = [name for name, _ in sort_as_reference((name, None) for name in names)]

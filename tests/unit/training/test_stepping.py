@@ -9,7 +9,6 @@ from library.errors import StopTraining
 from library.training.non_finite import NonFiniteWatch
 from library.training.optimizers import build_optimizer
 from library.training.options import OptimizerOptions
-from library.training.stepper import Stepper
 from library.training.stepping import StepOutcome, gradient_norm, step_or_skip
 
 NAMES = ["AdamW", "SGD", "AdamW8bit", "Lion", "Prodigy", "AdamWScheduleFree"]
@@ -186,57 +185,6 @@ def test_skips_of_the_loss_scale_are_counted_but_forgiven():
     for step in range(20):
         watch.add(step, outcome(True, counts=False))
     assert watch.skipped == 20
-
-
-def model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 2))
-
-
-def stepper(module, *, lr=1e-2, accumulation=1, **options):
-    options = OptimizerOptions(learning_rate=lr, **options)
-    built = build_optimizer(options, [ParamGroup("unet", tuple(module.parameters()), lr)])
-    return Stepper(built, options, accumulation=accumulation)
-
-
-def test_accumulated_micro_batches_average():
-    data = torch.randn(4, 6, generator=torch.Generator().manual_seed(5))
-    whole, parts = model(), model()
-    one, many = stepper(whole), stepper(parts, accumulation=4)
-    one.backward(whole(data).square().sum(1).mean())
-    for row in data:
-        many.backward(parts(row).square().sum())
-    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
-    assert not one.step().skipped
-    one.zero_grad()
-    assert all(param.grad is None for param in whole.parameters())
-
-
-def test_a_run_that_diverges_stops_within_the_limit():
-    module = model()
-    steps = stepper(module, max_nan_steps=3)
-    with pytest.raises(StopTraining, match="3 in a row"):
-        for _ in range(5):
-            steps.backward(module(torch.full((1, 6), float("nan"))).sum())
-            steps.step()
-            steps.zero_grad()
-    assert steps.watch.skipped == 3
-    assert all(torch.isfinite(param).all() for param in module.parameters())
-
-
-def test_updating_in_the_backward_pass_stops_before_it_spoils_the_weights():
-    module, plain = model(), model()
-    fused, whole = stepper(module, fused_backward_pass=True, max_grad_norm=0.0), stepper(plain, max_grad_norm=0.0)
-    for step, each in enumerate((fused, whole) * 2):
-        each.backward((module if each is fused else plain)(torch.ones(2, 6) * (step // 2 + 1)).square().sum())
-        each.step()
-        each.zero_grad()
-    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), plain.parameters(), strict=True))
-    with pytest.raises(StopTraining, match="the loss of update 3") as caught:
-        fused.backward(module(torch.full((1, 6), float("nan"))).sum())
-    assert caught.value.exit_code == 5
-    assert all(torch.isfinite(param).all() for param in module.parameters())
 
 
 @pytest.mark.gpu

@@ -1,0 +1,206 @@
+"""From the keys of a metadata file to image files, or to the caches that are left of them; linear in their number."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from library.data.bad_files import BadFile
+from library.data.dataset_spec import SubsetSpec
+from library.data.folder_listing import FolderListing, image_suffixes, list_folder
+from library.data.folder_scan import FolderScan, FolderSettings, Known, scan_folder
+from library.data.metadata_files import MetadataEntry, read_metadata
+
+_log = logging.getLogger(__name__)
+
+_MISSING_SUFFIX = ".missing"
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where the image of an entry is. `cached_wh` is set when only a cache is left, with the size of the image."""
+
+    entry: MetadataEntry
+    folder: str
+    name: str
+    cached_wh: tuple[int, int] | None = None
+
+
+@dataclass(slots=True)
+class MetadataScan:
+    """A resolved metadata file: entries in the order of the file, scans of the folders they lie in, and bad entries."""
+
+    located: list[Located] = field(default_factory=list)
+    folders: dict[str, FolderScan] = field(default_factory=dict)
+    bad: list[BadFile] = field(default_factory=list)
+    resolutions: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def total(self) -> int:
+        """Return the number of entries looked at."""
+        return len(self.located) + len(self.bad)
+
+
+@dataclass(slots=True)
+class _Folder:
+    """Names of one folder, indexed by stem for images and for latent caches."""
+
+    images: set[str] = field(default_factory=set)
+    by_stem: dict[str, list[str]] = field(default_factory=dict)
+    caches: dict[str, tuple[int, int] | None] = field(default_factory=dict)
+    old_caches: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, listing: FolderListing, cache_pattern: re.Pattern[str]) -> _Folder:
+        folder = cls(set(listing.images))
+        for name in listing.images:
+            folder.by_stem.setdefault(name[: name.rfind(".")], []).append(name)
+        for name in listing.others:
+            if not name.endswith(".npz"):
+                continue
+            match = cache_pattern.match(name)
+            if match:
+                folder.caches[match["stem"]] = (int(match["width"]), int(match["height"]))
+            else:
+                folder.caches.setdefault(name[:-4], None)
+                folder.old_caches.add(name[:-4])
+        return folder
+
+
+def scan_metadata(
+    subset: SubsetSpec, settings: FolderSettings, *, trust_sizes: bool = False, latent_suffix: str = "_sd"
+) -> MetadataScan:
+    """Read the metadata file of a subset and find its images.
+
+    A key is, in this order: an absolute path; a path inside `image_dir`; the same without the image's suffix; a path
+    from the working directory; the stem of latent caches whose image is gone.
+
+    Args:
+        subset: Its `metadata_file` and `image_dir`.
+        settings: How image files are read; captions are not.
+        trust_sizes: Take `image_size` of an entry without opening the file.
+        latent_suffix: Ending of latent cache files of the model family, `_sd` in `a_0512x0512_sd.npz`.
+
+    Raises:
+        UserError: The metadata file is unusable.
+    """
+    entries = read_metadata(subset.metadata_file or "")
+    finder = _Finder(subset.image_dir, latent_suffix)
+    scan = MetadataScan()
+    seen: dict[tuple[str, str], str] = {}
+    for entry in entries:
+        place = finder.locate(entry)
+        if isinstance(place, BadFile):
+            scan.bad.append(place)
+        elif (twin := seen.setdefault((place.folder, place.name[: place.name.rfind(".")]), entry.key)) != entry.key:
+            reason = f"is the same image as {twin!r}, or differs in the suffix only: both would share cache files"
+            scan.bad.append(BadFile(entry.key, reason, "Remove one of them."))
+        else:
+            scan.located.append(place)
+    scan.resolutions = _fixed_resolutions(scan.located, finder)
+    _scan_folders(scan, settings, trust_sizes)
+    return scan
+
+
+class _Finder:
+    """Resolves keys; lists every folder once."""
+
+    def __init__(self, image_dir: str | None, latent_suffix: str) -> None:
+        self._image_dir = image_dir
+        self._folders: dict[str, _Folder] = {}
+        size = r"_(?P<width>\d{2,})x(?P<height>\d{2,})"
+        self._pattern = re.compile(rf"(?P<stem>.+){size}{re.escape(latent_suffix)}\.npz", re.DOTALL)
+        self._suffixes = sorted(image_suffixes())
+
+    def folder(self, path: str) -> _Folder:
+        """Return the names in a folder, nothing when it cannot be listed."""
+        found = self._folders.get(path)
+        if found is None:
+            try:
+                found = _Folder.of(list_folder(path or "."), self._pattern)
+            except OSError:
+                found = _Folder()
+            self._folders[path] = found
+        return found
+
+    def locate(self, entry: MetadataEntry) -> Located | BadFile:
+        """Return where the image of an entry is, or why it is nowhere."""
+        tried = []
+        for folder, name in self._candidates(entry.key):
+            names = self.folder(folder)
+            if name in names.images:
+                return Located(entry, folder, name)
+            with_suffix = self._with_suffix(names, name)
+            if with_suffix is not None:
+                return Located(entry, folder, with_suffix)
+            tried.append((folder, name, names))
+        for folder, name, names in tried:
+            cached = self._cached(entry, folder, name, names)
+            if cached is not None:
+                return cached
+        if not tried:
+            return BadFile(entry.key, "leads out of image_dir", "Use a path inside it, or an absolute path.")
+        where = os.path.join(tried[0][0], tried[0][1])  # noqa: PTH118 - spelled as the user spelled it
+        hint = "" if self._image_dir or os.path.isabs(entry.key) else "Give image_dir."  # noqa: PTH117
+        return BadFile(entry.key, f"no image and no cache of this name (looked for {where})", hint)
+
+    def _candidates(self, key: str) -> Iterator[tuple[str, str]]:
+        if os.path.isabs(key):  # noqa: PTH117
+            yield os.path.split(key)
+            return
+        escapes = ".." in re.split(r"[/\\]", key)
+        if self._image_dir is not None:
+            if escapes:
+                return
+            yield os.path.split(os.path.join(self._image_dir, key))  # noqa: PTH118
+        yield os.path.split(key)
+
+    def _with_suffix(self, names: _Folder, name: str) -> str | None:
+        found = names.by_stem.get(name)
+        if not found:
+            return None
+        if len(found) > 1:
+            _log.warning("%s: several images of this name (%s): %s is used", name, ", ".join(found), found[0])
+        return found[0]
+
+    def _cached(self, entry: MetadataEntry, folder: str, name: str, names: _Folder) -> Located | None:
+        """Return a place without an image file when a cache of the stem exists and the size is known."""
+        stem, suffix = os.path.splitext(name)  # noqa: PTH122
+        if suffix.lower() not in self._suffixes:
+            stem, name = name, name + _MISSING_SUFFIX
+        if stem not in names.caches:
+            return None
+        size = entry.image_size or names.caches[stem] or entry.train_resolution
+        return None if size is None else Located(entry, folder, name, size)
+
+    def has_old_cache(self, place: Located) -> bool:
+        """Tell whether `<stem>.npz`, the oldest form of a latent cache, lies beside the image."""
+        stem = place.name[: place.name.rfind(".")]
+        return stem in self.folder(place.folder).old_caches
+
+
+def _fixed_resolutions(located: Iterable[Located], finder: _Finder) -> tuple[tuple[int, int], ...] | None:
+    """Return the buckets that an older preparation tool chose, when every entry has one and its old cache."""
+    found = set()
+    for place in located:
+        resolution = place.entry.train_resolution
+        if resolution is None or not finder.has_old_cache(place):
+            return None
+        found.add(resolution)
+    return tuple(sorted(found)) or None
+
+
+def _scan_folders(scan: MetadataScan, settings: FolderSettings, trust_sizes: bool) -> None:
+    wanted: dict[str, dict[str, Known]] = {}
+    for place in scan.located:
+        if place.cached_wh is None:
+            size = place.entry.image_size if trust_sizes else None
+            header = (*size, 1) if size is not None else None
+            wanted.setdefault(place.folder, {})[place.name] = Known(header)
+    for folder, names in wanted.items():
+        known = names if trust_sizes else None
+        result = scan_folder(folder or ".", settings, wanted=list(names), known=known)
+        scan.folders[folder] = result

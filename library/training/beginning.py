@@ -1,0 +1,105 @@
+"""Where a run begins and how long it is: known, and compared with the state to resume, before a model is loaded."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from library.checkpoints.hashes import legacy_hash
+from library.contracts import Position, RunLength
+from library.option_groups import resume_fingerprint
+from library.training.ranks import Ranks
+from library.training.resume_check import Changes, compare, start_position
+from library.training.run_length import length_report, resolve_length
+from library.training.state import Identity, StoredState, find_state, verify_state
+
+if TYPE_CHECKING:
+    from library.data.dataset import TrainingData
+    from library.training.options import TrainingOptions
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """Length and start of a run, and the state it goes on from, if any."""
+
+    length: RunLength
+    identity: Identity
+    position: Position = Position()
+    stored: StoredState | None = None
+    changes: Changes = Changes()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the state that is resumed is that of a finished run."""
+        return self.stored is not None and self.stored.finished(self.length.total_steps)
+
+
+def find_beginning(opts: TrainingOptions, data: TrainingData, device: torch.device, ranks: Ranks) -> Beginning:
+    """Decide where the run begins. A collective call.
+
+    Raises:
+        UserError: there is nothing to train on, the state is damaged, or it belongs to another run.
+    """
+    length = resolve_length(opts.length, batches_per_epoch=data.batch_count(), world_size=ranks.world)
+    if ranks.is_main:
+        for line in length_report(length, samples_per_epoch=data.num_train_images + data.num_reg_images):
+            logger.info("%s", line)
+    identity = Identity(resume_fingerprint(opts), data.fingerprint(), _base_model(opts), _environment(device))
+    stored = _stored(opts, ranks)
+    if stored is None:
+        return Beginning(length, identity)
+    changes = compare(stored.info, identity, length, opts.state.allows, seed=opts.length.seed)
+    changes.raise_refused("--resume")
+    for note in (*stored.notes, *changes.notes):
+        logger.warning("%s", note)
+    position = start_position(stored.info, length, changes)
+    logger.info("going on from %s: %d of %d updates are done", stored.folder, position.step, length.total_steps)
+    return Beginning(length, identity, position, stored, changes)
+
+
+def _stored(opts: TrainingOptions, ranks: Ranks) -> StoredState | None:
+    state, save = opts.state, opts.save
+    if not state.resume:
+        return None
+    folder = None
+    if ranks.is_main:
+        resume = _downloaded(opts) if state.resume_from_huggingface else state.resume
+        found = find_state(resume, save.output_dir, save.output_name, fast=state.fast_resume)
+        folder = None if found is None else str(found.folder)
+    folder = ranks.broadcast(folder)
+    return None if folder is None else verify_state(folder, fast=True)
+
+
+def _downloaded(opts: TrainingOptions) -> str:
+    from library.training.upload import download_state
+
+    return str(download_state(opts.state.resume or "", opts.hub))
+
+
+def _base_model(opts: TrainingOptions) -> dict[str, Any]:
+    name = str(opts.model.pretrained_model_name_or_path)
+    path = Path(name)
+    return {"name": path.name, "hash": legacy_hash(path) if path.is_file() else ""}
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    """Return what changes bits without being an option; differences are reported."""
+    from diffusers import __version__ as diffusers_version
+    from transformers import __version__ as transformers_version
+
+    return {
+        "torch": torch.__version__,
+        "diffusers": diffusers_version,
+        "transformers": transformers_version,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads() if device.type == "cpu" else os.environ.get("OMP_NUM_THREADS", ""),
+    }

@@ -1,0 +1,210 @@
+"""Everything that the loop works with, made from options in the order in which it can fail cheaply."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from library.contracts import Position, RunLength
+from library.data.loader import PlannedBatches
+from library.inference.render import DiffusionRenderer
+from library.option_groups import loggable
+from library.training.beginning import Beginning
+from library.training.loss import make_loss
+from library.training.lr_schedules import build_lr_schedule
+from library.training.model_saves import ModelWriter
+from library.training.objective import DDPMObjective
+from library.training.observers import observe
+from library.training.optimizers import BuiltOptimizer, build_optimizer
+from library.training.sampling import Process, SampleImages
+from library.training.saving import SaveActions, Saver
+from library.training.state import StateInfo, StateParts, load_state, save_state, state_bytes
+from library.training.step import TrainStep
+from library.training.stepper import Stepper
+from library.training.tracking import Tracker
+
+if TYPE_CHECKING:
+    from library.data.dataset import TrainingData
+    from library.models.family import ModelFamily
+    from library.training.methods.base import Method
+    from library.training.options import TrainingOptions
+    from library.training.run import Run
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Training:
+    """The parts of a run, ready to train; the loop drives them."""
+
+    run: Run
+    family: ModelFamily
+    method: Method
+    opts: TrainingOptions
+    begin: Beginning
+    objective: DDPMObjective
+    built: BuiltOptimizer
+    lr_schedule: Any
+    parts: StateParts
+    stepper: Stepper
+    module: nn.Module
+    loader: PlannedBatches
+    tracker: Tracker
+    rate_names: tuple[str, ...]
+    """What the learning rates of the optimizer's groups are logged as."""
+
+    @property
+    def length(self) -> RunLength:
+        """How long the run is."""
+        return self.begin.length
+
+    def wrap(self) -> None:
+        """Make the step around what trains now, and share its gradients between processes."""
+        step = TrainStep(
+            self.family,
+            self.method,
+            self.objective,
+            make_loss(self.opts.loss),
+            seed=self.run.seed,
+            autocast=self.run.autocast,
+        )
+        self.module = self.run.wrap(step, may_skip_parameters=self.method.may_skip_parameters)
+
+    def info(self, position: Position, saver: Saver) -> StateInfo:
+        """Return what a state says besides its tensors."""
+        return StateInfo(
+            position=position,
+            seed=self.run.seed,
+            length=self.length,
+            identity=self.begin.identity,
+            output_name=self.opts.save.output_name or "",
+            tracker=self.tracker.state_dict(),
+            loss_average=self.tracker.loss_average.state_dict(),
+            saver=saver.to_json(),
+        )
+
+
+def set_up(run: Run, family: ModelFamily, method: Method, data: TrainingData, opts: TrainingOptions) -> Training:
+    """Build optimizer, schedule, step and loader, and bring them to where the run begins."""
+    begin = run.begin
+    method.attach()
+    groups = method.param_groups()
+    built = build_optimizer(opts.optimizer, groups)
+    lr_schedule = build_lr_schedule(opts.schedule, opts.optimizer, built, begin.length.total_steps)
+    objective = DDPMObjective(family.spec.prediction_type, opts.noise, opts.loss, run.device)
+    parts = StateParts(method.parts(), built.optimizer, lr_schedule, run.scaler, objective)
+    if begin.stored is not None:
+        load_state(begin.stored, parts, begin.changes, run.ranks)
+    method.enter_step(begin.position.step)
+    if opts.memory.torch_compile:
+        family.compile(opts.memory.dynamo_backend)
+    stepper = Stepper(
+        built,
+        opts.optimizer,
+        accumulation=begin.length.accumulation,
+        scaler=run.scaler,
+        first_step=begin.position.step,
+        seed=run.seed,
+    )
+    pin = run.device.type == "cuda"
+    loader = PlannedBatches(
+        data, begin.length, rank=run.rank, seed=run.seed, loader=opts.loader, pin_memory=pin
+    )
+    training = Training(
+        run=run,
+        family=family,
+        method=method,
+        opts=opts,
+        begin=begin,
+        objective=objective,
+        built=built,
+        lr_schedule=lr_schedule,
+        parts=parts,
+        stepper=stepper,
+        module=nn.Module(),
+        loader=loader,
+        tracker=_make_tracker(run, opts, begin),
+        rate_names=tuple(group.name for group in groups),
+    )
+    training.wrap()
+    return training
+
+
+def _make_tracker(run: Run, opts: TrainingOptions, begin: Beginning) -> Tracker:
+    tracker = Tracker(
+        opts.log, total_steps=begin.length.total_steps, is_main=run.is_main, hparams=loggable(opts)
+    )
+    if begin.stored is not None:
+        info = begin.stored.info
+        tracker.resume(info.tracker, info.loss_average, begin.position.step)
+    return tracker
+
+
+def make_saver(training: Training, data: TrainingData, position: Any) -> Saver:
+    """Return what saves models and states; `position()` tells where the run is.
+
+    Raises:
+        UserError: the disk has no room for a single save.
+    """
+    run, opts = training.run, training.opts
+    writer = ModelWriter(
+        training.family,
+        opts,
+        facts=_facts(training, data),
+        resolution_wh=max((spec.resolution_wh for spec in data.specs), key=lambda wh: wh[0] * wh[1]),
+        observing=partial(observe, training.method, training.built),
+        is_main=run.is_main,
+    )
+
+    def write_state(folder: Path) -> None:
+        save_state(folder, training.parts, training.info(position(), saver), run.ranks)
+
+    actions = SaveActions(model=writer, state=write_state, upload=_upload(run, opts), suffix=writer.suffix)
+    saver = Saver(opts.save, opts.state, training.length, actions, run.ranks)
+    stored = training.begin.stored
+    if stored is not None:
+        saver.restore(stored.info.saver, stored.folder)
+    if run.is_main:
+        saver.preflight(training.family.saved_bytes(writer.precision), state_bytes(training.parts.modules))
+    return saver
+
+
+def make_sampler(training: Training) -> SampleImages:
+    """Return what draws sample pictures."""
+    run, opts = training.run, training.opts
+    renderer = DiffusionRenderer(
+        training.family, autocast=run.autocast, zero_terminal_snr=opts.noise.zero_terminal_snr
+    )
+    return SampleImages(
+        opts.sample,
+        opts.save,
+        renderer,
+        seed=run.seed,
+        process=Process(run.rank, run.world_size),
+        should_stop=lambda: run.stop.requested is not None,
+        on_image=training.tracker.image,
+    )
+
+
+def _facts(training: Training, data: TrainingData) -> dict[str, str]:
+    """Return what models say about their data, optimizer and run. Names only, never paths."""
+    summary, spec = data.summary(), training.family.spec
+    return {
+        "ss_training_started_at": str(time.time()),
+        "ss_base_model_version": spec.base_model_version,
+        "ss_sd_model_name": str(training.begin.identity.base_model["name"]),
+        "ss_sd_model_hash": str(training.begin.identity.base_model["hash"]),
+        "ss_optimizer": training.built.description,
+        "ss_seed": str(training.run.seed),
+        "ss_max_train_steps": str(training.length.total_steps),
+        "ss_num_epochs": str(training.length.epochs),
+        "ss_num_train_images": str(summary["num_train_images"]),
+        "ss_num_reg_images": str(summary["num_reg_images"]),
+        "ss_num_batches_per_epoch": str(summary["num_batches_per_epoch"]),
+    }
