@@ -27,6 +27,7 @@ setup(
         "numpy",
         "opencv-python",
         "pillow>=11.3",
+        "scipy",
         "tensorboard",
         "toml",
         "tqdm",

@@ -15,7 +15,7 @@ from library.training.options import FullTuneOptions, TrainingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(TrainingOptions):
+class Options(TrainingOptions, leave_out=("dataset_repeats",)):
     """Everything that train_db.py accepts."""
 
     tune: FullTuneOptions

@@ -6,8 +6,8 @@
   over every tensor.
 - save: against a plain streaming write of the same bytes, synchronized with the disk, as ours is.
 
-Every measurement runs in a process of its own, with one thread of torch; memory is private memory (not the file's pages)
-over what the process had after its imports.
+Every measurement runs in a process of its own, with one thread of torch; memory is private memory (not the file's
+pages) over what the process had after its imports.
 
     python benchmarks/checkpoint_io.py                  # 4.3 GB
     python benchmarks/checkpoint_io.py --scale 0.5      # widths halved: 1.1 GB
@@ -61,12 +61,12 @@ class Peak:
     def __enter__(self) -> Peak:
         self.start = self.top = private_bytes()
         self.done = threading.Event()
-        self.thread = threading.Thread(target=self.watch)
+        self.thread = threading.Thread(target=self._watch)
         self.thread.start()
         self.wall, self.cpu = time.perf_counter(), time.process_time()
         return self
 
-    def watch(self) -> None:
+    def _watch(self) -> None:
         while not self.done.wait(0.005):
             self.top = max(self.top, private_bytes())
 

@@ -318,3 +318,10 @@ def loggable(options: OptionSet) -> dict[str, Any]:
         for name, option in type(options).options().items()
         if not option.secret and not option.notes.get("path", False)
     }
+
+
+def metadata_values(options: OptionSet) -> dict[str, str]:
+    """Return what saved models tell about the options of their run: metadata key -> value as text."""
+    values = options.values()
+    declared = type(options).options().items()
+    return {key: str(values[name]) for name, option in declared if (key := option.notes.get("metadata_key"))}

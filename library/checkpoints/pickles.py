@@ -13,6 +13,7 @@ import pickletools
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -270,9 +271,12 @@ def _torch_load(path: Path, allowed: list[Any], *, mmap: bool) -> Any:
     import torch
 
     try:
-        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings(), ExitStack() as stack:
             warnings.simplefilter("ignore")
-            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
+            # torch goes by the suffix; an open file has none, but cannot be mapped.
+            misnamed = path.suffix.lower() == ".safetensors"
+            file: Any = stack.enter_context(path.open("rb")) if misnamed else str(path)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and not misnamed)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"this pickle wants to use {found[1]}" if found else "this pickle does more than hold tensors"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     Piece = bytes | memoryview
 
 ALIGNMENT = 64
-_LIMIT = 0xFFFFFFFF
+_ZIP64_FROM = 0xFFFFFFFF
+_MANY = 0xFFFF
+_IN_EXTRA = 0xFFFFFFFF
 _FLAGS = 0x0808  # sizes and checksum follow the data; names are UTF-8
+_SMALL = 1 << 16
 _DATE = 33  # 1980-01-01: equal contents give equal files
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
@@ -44,7 +47,7 @@ class ZipWriter:
         Raises:
             ValueError: the member is too large for the format or its pieces are not `size` bytes.
         """
-        if size >= _LIMIT:
+        if size >= _IN_EXTRA:
             raise ValueError(f"{name} has {size} bytes, more than one member can hold")
         encoded, start = name.encode("utf-8"), self._position
         filler = -(start + _LOCAL.size + len(encoded) + 4) % ALIGNMENT
@@ -53,12 +56,7 @@ class ZipWriter:
             _LOCAL.pack(b"PK\3\4", 20, _FLAGS, 0, 0, _DATE, 0, 0, 0, len(encoded), len(extra)) + encoded + extra
         )
         before = self._position
-        checksum: Future[int] | None = None
-        for piece in pieces:
-            following = self._worker.submit(zlib.crc32, piece, checksum.result() if checksum else 0)
-            self._write(piece)
-            checksum = following
-        crc = checksum.result() if checksum else 0
+        crc = self._write_checked(pieces)
         if self._position - before != size:
             raise ValueError(f"{name} has {self._position - before} bytes instead of {size}")
         self._write(_DESCRIPTOR.pack(b"PK\7\10", crc, size, size))
@@ -72,6 +70,19 @@ class ZipWriter:
         if error is None:
             self._write_index()
 
+    def _write_checked(self, pieces: Iterable[Piece]) -> int:
+        """Write pieces and return their checksum, computed by the thread where that takes longer than asking it to."""
+        crc = 0
+        for piece in pieces:
+            if memoryview(piece).nbytes < _SMALL:
+                crc = zlib.crc32(piece, crc)
+                self._write(piece)
+            else:
+                pending = self._worker.submit(zlib.crc32, piece, crc)
+                self._write(piece)
+                crc = pending.result()
+        return crc
+
     def _write(self, data: Piece) -> None:
         self._file.write(data)
         self._position += memoryview(data).nbytes
@@ -79,15 +90,16 @@ class ZipWriter:
     def _write_index(self) -> None:
         start, count = self._position, len(self._members)
         for name, crc, size, offset in self._members:
-            extra = struct.pack("<2HQ", 1, 8, offset) if offset >= _LIMIT else b""
-            version, shown = (45, _LIMIT) if extra else (20, offset)
+            extra = struct.pack("<2HQ", 1, 8, offset) if offset >= _ZIP64_FROM else b""
+            version, place = (45, _IN_EXTRA) if extra else (20, offset)
             sizes = (crc, size, size, len(name), len(extra), 0, 0, 0)
             fixed = (b"PK\1\2", version, version, _FLAGS, 0, 0, _DATE)
-            self._write(_CENTRAL.pack(*fixed, *sizes, 0, shown) + name + extra)
+            self._write(_CENTRAL.pack(*fixed, *sizes, 0, place) + name + extra)
         length = self._position - start
-        if start + length >= _LIMIT or count >= 0xFFFF:
+        shown = (min(count, _MANY), length, start)
+        if start + length >= _ZIP64_FROM or count >= _MANY:
             end = self._position
             self._write(_END64.pack(b"PK\6\6", _END64.size - 12, 45, 45, 0, 0, count, count, length, start))
             self._write(_LOCATOR64.pack(b"PK\6\7", 0, end, 1))
-        few = min(count, 0xFFFF)
-        self._write(_END.pack(b"PK\5\6", 0, 0, few, few, min(length, _LIMIT), min(start, _LIMIT), 0))
+            shown = (min(count, _MANY), _IN_EXTRA, _IN_EXTRA)
+        self._write(_END.pack(b"PK\5\6", 0, 0, shown[0], *shown, 0))

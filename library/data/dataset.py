@@ -14,12 +14,15 @@ from library.contracts import FamilySpec, Placement, Tokenizer
 from library.data.augment import View, mask_of, normalise
 from library.data.buckets import UnusableSize
 from library.data.cache_names import CacheRules, LatentNeed, mirror_root
+from library.data.dataset_config import load_dataset_specs
 from library.data.dataset_spec import DatasetSpec
 from library.data.latent_store import LatentMemory, LatentPlan, LatentSource, plan_latents
 from library.data.options import CacheOptions, DatasetOptions, SubsetOptions
 from library.data.plan import EpochPlan, EpochPlanner
 from library.data.records import RecordTable
-from library.data.serving import BatchDataset, Catalogue, Placements
+from library.data.scan import ScanContext, scan_datasets
+from library.data.serving import BatchDataset, Catalogue, Placements, Reading
+from library.data.summary import describe, fingerprint, summarise
 from library.errors import Problem, UserError, raise_problems
 
 _log = logging.getLogger(__name__)
@@ -63,6 +66,8 @@ class TrainingData:
         placements: resize and crop of each image.
         validation: images kept apart, served without anything random; None when there are none.
         skipped: files left out, with reasons (`--skip_bad_files`).
+        reg_totals: visits that each data set's regularization images ask for, before balancing; None: as balanced.
+        bucket_lists: resolutions that the buckets of each data set may have; None where they follow the images.
     """
 
     def __init__(
@@ -72,8 +77,12 @@ class TrainingData:
         *,
         validation: TrainingData | None = None,
         skipped: Sequence[Problem] = (),
+        reg_totals: Sequence[int] | None = None,
+        bucket_lists: Sequence[Sequence[tuple[int, int]] | None] | None = None,
     ) -> None:
         self.catalogue = catalogue
+        self.reg_totals = reg_totals
+        self.bucket_lists = bucket_lists or [None] * len(catalogue.specs)
         self.cache = cache or CacheOptions()
         self.validation = validation
         self.skipped = tuple(skipped)
@@ -219,14 +228,10 @@ class TrainingData:
 
     def summary(self) -> dict[str, Any]:
         """Return what model metadata tell about the data (see `library.data.summary`)."""
-        from library.data.summary import summarise
-
         return summarise(self)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return short JSON-able values that change when anything that training sees of the data changes."""
-        from library.data.summary import fingerprint
-
         return fingerprint(self)
 
     def _rules(self) -> CacheRules:
@@ -304,7 +309,52 @@ def open_data(
             "Describe the data with --dataset_config.",
             where="--dataset_class",
         )
-    raise NotImplementedError
+    specs = load_dataset_specs(data, subset, kinds=kinds, bucket_step_multiple=spec.bucket_step_multiple)
+    raise_problems(_cache_problems(specs, cache))
+    context = ScanContext(seed=seed or 0, cache_dir=cache.cache_dir, latent_suffix=spec.latent_cache_suffix)
+    found = scan_datasets(specs, data, context)
+    choosers = [chooser.place for chooser in found.choosers]
+    catalogue = Catalogue(
+        family=spec,
+        specs=specs,
+        table=found.table,
+        placements=place_all(found.table, choosers),
+        tokenizers=tokenizers,
+        prior_loss_weight=data.prior_loss_weight,
+        reading=Reading(exif_transpose=not data.no_exif_transpose, max_pixels=data.max_image_pixels),
+    )
+    validation = None
+    if found.validation is not None:
+        fixed = tuple(replace(one, subsets=tuple(part.for_validation() for part in one.subsets)) for one in specs)
+        table = found.validation
+        apart = replace(catalogue, specs=fixed, table=table, placements=place_all(table, choosers))
+        validation = TrainingData(apart, cache)
+    opened = TrainingData(
+        catalogue,
+        cache,
+        validation=validation,
+        skipped=found.skipped,
+        reg_totals=found.reg_totals,
+        bucket_lists=[
+            chooser.resolutions if one.enable_bucket else None
+            for one, chooser in zip(specs, found.choosers, strict=True)
+        ],
+    )
+    for line in describe(opened):
+        _log.info("%s", line)
+    return opened
+
+
+def _cache_problems(specs: Sequence[DatasetSpec], cache: CacheOptions) -> Iterator[Problem]:
+    """Yield what cannot be had together with cached latents."""
+    if not (cache.cache_latents or cache.cache_latents_to_disk):
+        return
+    for subset in (subset for spec in specs for subset in spec.subsets):
+        for name in ("color_aug", "random_crop"):
+            if getattr(subset, name):
+                yield Problem(subset.label, f"{name} needs the pictures at every visit", "Drop it or --cache_latents.")
+        if subset.face_crop_aug_range is not None:
+            _log.warning("%s: face_crop_aug_range has no effect on cached latents", subset.label)
 
 
 def place_all(table: RecordTable, choosers: Sequence[Callable[[tuple[int, int]], Placement]]) -> Placements:

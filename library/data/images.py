@@ -72,6 +72,7 @@ def load_image(
     alpha: bool = False,
     enough_wh: tuple[int, int] | None = None,
     max_pixels: int = MAX_IMAGE_PIXELS,
+    reduce_above: int = REDUCE_ABOVE,
 ) -> Pixels:
     """Decode a picture to uint8 pixels [H, W, 3], or [H, W, 4] when `alpha` is asked for and the file has some.
 
@@ -82,6 +83,7 @@ def load_image(
         alpha: keep transparency (also of palette images) as a fourth channel.
         enough_wh: upright size that the caller will shrink the picture to; huge JPEGs are then decoded reduced.
         max_pixels: limit checked before anything is allocated.
+        reduce_above: pixels from which on `enough_wh` matters.
 
     Raises:
         BadImage: for every kind of unusable file.
@@ -92,7 +94,7 @@ def load_image(
             full = _upright_size(image.size, turn)
             if size_wh is not None and full != tuple(size_wh):
                 raise BadImage(path, f"is {full[0]}x{full[1]}, was {size_wh[0]}x{size_wh[1]} when scanned")
-            reduced = _draft(image, enough_wh, turn)
+            reduced = full[0] * full[1] > reduce_above and _draft(image, enough_wh, turn)
             expected = image.size
             image.load()
             if image.size != expected:
@@ -285,9 +287,10 @@ def _upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
 
 def _draft(image: Image, enough_wh: tuple[int, int] | None, orientation: int) -> bool:
     """Let the JPEG decoder of a huge picture skip detail that the following reduction would throw away."""
-    if enough_wh is None or image.size[0] * image.size[1] <= REDUCE_ABOVE:
+    if enough_wh is None:
         return False
-    _note("huge", "pictures of more than %d megapixels are decoded reduced where possible", REDUCE_ABOVE // 1_000_000)
+    if image.size[0] * image.size[1] > REDUCE_ABOVE:
+        _note("huge", "pictures above %d megapixels are decoded reduced where possible", REDUCE_ABOVE // 1_000_000)
     width, height = _upright_size(enough_wh, orientation)
     before = image.size
     return image.draft("RGB", (2 * width, 2 * height)) is not None and image.size != before

@@ -44,7 +44,7 @@ class LatentPlan:
         places: where each table row's latents are, or will be: OWN, LEGACY, OTHER file or MEMORY, uint8 [N].
         owners: the row whose latents each row uses (images may occur in several subsets), int64 [N].
         missing: owner rows to encode, sorted by bucket, int64 [M].
-        buckets: bucket number of each missing row, int64 [M].
+        buckets: number of each missing row's bucket and need of mirrored latents, int64 [M]; equal ones can be batched.
         files: number of the cache file of each missing row, int64 [M]; one rank handles all variants of a file.
         why: reason for each missing row.
         slots: bytes that each row takes in the mapped file, int64 [N]; 0 for rows on disk.
@@ -86,7 +86,7 @@ class LatentPlan:
     def batches(
         self, batch_size: int, *, rank: int = 0, world_size: int = 1, in_memory: bool = False
     ) -> Iterator[list[int]]:
-        """Yield table rows to encode together: all of one bucket, full except for the last of each bucket.
+        """Yield table rows to encode together: of one bucket, all or none mirrored too, full except for the last ones.
 
         File i of the sorted list belongs to rank i modulo `world_size`. Entries in memory exist once per node: for them
         (`in_memory=True`) give the rank and number of processes within the node.
@@ -267,6 +267,7 @@ class _Finding:
     variant: str
     image: str
     bucket_wh: tuple[int, int]
+    flip: bool
     slot: int
 
 
@@ -292,12 +293,12 @@ def plan_latents(
         places[finding.row] = finding.place
         slots[finding.row] = finding.slot if finding.place == MEMORY else 0
     todo = [finding for finding in findings if finding.reason is not None]
-    todo.sort(key=lambda finding: (prod(finding.bucket_wh), finding.bucket_wh, finding.row))
+    todo.sort(key=lambda finding: (prod(finding.bucket_wh), finding.bucket_wh, finding.flip, finding.row))
     return LatentPlan(
         places=places[owners],
         owners=owners,
         missing=np.array([finding.row for finding in todo], np.int64),
-        buckets=_numbers(finding.bucket_wh for finding in todo),
+        buckets=_numbers((finding.bucket_wh, finding.flip) for finding in todo),
         files=_numbers(finding.image for finding in todo),
         why=tuple(str(finding.reason) for finding in todo),
         slots=slots,
@@ -327,8 +328,17 @@ def _look(
                 listings[folder] = _names_in(folder)
             suffix, why = caches.find_valid(need, rules, vae, listings[folder])
             place, reason = OWN if suffix is None else _place_of(suffix, rules), why
-        record = need.record
-        return _Finding(row, place, reason, path, need.variant, record.path, need.placement.bucket_wh, slot_bytes(need))
+        return _Finding(
+            row,
+            place,
+            reason,
+            path,
+            variant=need.variant,
+            image=need.record.path,
+            bucket_wh=need.placement.bucket_wh,
+            flip=need.flip,
+            slot=slot_bytes(need),
+        )
 
     chunks = [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
     with ThreadPoolExecutor(max_workers=8, thread_name_prefix="caches") as pool:

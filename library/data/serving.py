@@ -103,12 +103,13 @@ class Catalogue:
     def augmentation(self, row: int) -> Augmentation:
         """Return how the image of a table row is varied."""
         subset = self.subset(row)
+        buckets = self.specs[int(self.table.datasets[row])].enable_bucket
         return Augmentation(
             interpolation=self.interpolation(row),
             random_crop=subset.random_crop,
             flip=subset.flip_aug,
             color=subset.color_aug,
-            face_range=subset.face_crop_aug_range,
+            face_range=None if buckets else subset.face_crop_aug_range,
         )
 
     def view(self, row: int, seed: int, key: SampleKey, *, fixed: bool = False) -> View:

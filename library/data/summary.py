@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,11 +35,13 @@ _SUBSET_KEYS = (
 def summarise(data: TrainingData) -> dict[str, Any]:
     """Return JSON-able facts for model metadata, folder names only, never paths.
 
-    Keys: `num_train_images`, `num_reg_images` (repeats included), `num_batches_per_epoch`, `datasets` (one dictionary
-    each, as in `ss_datasets`), `tag_frequency` {folder: {tag: count}}, `dataset_dirs` and `reg_dataset_dirs`
-    {folder: {n_repeats, img_count}}, `bucket_info` (of the first data set; None without buckets).
+    Keys: `num_train_images`, `num_reg_images` (repeats included; regularization images before balancing),
+    `num_batches_per_epoch`, `datasets` (one dictionary each, as in `ss_datasets`), `tag_frequency`
+    {folder: {tag: count}}, `dataset_dirs` and `reg_dataset_dirs` {folder: {n_repeats, img_count}}, `bucket_info` (of
+    the first data set; None without buckets).
     """
     datasets = [_dataset(data, spec) for spec in data.specs]
+    reg_images = sum(dataset["num_reg_images"] for dataset in datasets)
     frequency: dict[str, dict[str, int]] = {}
     for dataset in datasets:
         for folder, tags in dataset["tag_frequency"].items():
@@ -48,7 +50,7 @@ def summarise(data: TrainingData) -> dict[str, Any]:
     counts = np.bincount(data.table.subsets, minlength=max((subset.index for subset in subsets), default=-1) + 1)
     return {
         "num_train_images": data.num_train_images,
-        "num_reg_images": data.num_reg_images,
+        "num_reg_images": reg_images,
         "num_batches_per_epoch": data.batch_count(),
         "datasets": datasets,
         "tag_frequency": frequency,
@@ -56,6 +58,26 @@ def summarise(data: TrainingData) -> dict[str, Any]:
         "reg_dataset_dirs": _folders(subsets, counts, reg=True),
         "bucket_info": datasets[0]["bucket_info"] if datasets else None,
     }
+
+
+def describe(data: TrainingData) -> Iterator[str]:
+    """Yield lines for the log: images, batches and buckets of each data set."""
+    table = data.table
+    for spec in data.specs:
+        here = table.datasets == spec.index
+        reg = here & table.is_reg
+        yield (
+            f"data set {spec.index + 1}: {int(here.sum())} images ({int(table.repeats[here].sum())} with repeats"
+            + (f", {int(table.repeats[reg].sum())} of them regularization" if reg.any() else "")
+            + f"), {data.planner.batches_of_dataset(spec.index)} batches of {spec.batch_size}, "
+            + f"resolution {spec.resolution_wh[0]}x{spec.resolution_wh[1]}"
+        )
+        if spec.enable_bucket:
+            info = buckets_of(data, spec)
+            sizes = (f"{b['resolution'][0]}x{b['resolution'][1]}: {b['count']}" for b in info["buckets"].values())
+            yield f"  buckets {', '.join(sizes)}; mean aspect ratio error {info['mean_img_ar_error']:.4f}"
+    if data.validation is not None:
+        yield f"validation: {len(data.validation.table)} images"
 
 
 def folder_name(subset: SubsetSpec) -> str:
@@ -77,11 +99,13 @@ def _folders(subsets: Iterable[SubsetSpec], counts: Any, *, reg: bool) -> dict[s
 def _dataset(data: TrainingData, spec: DatasetSpec) -> dict[str, Any]:
     table = data.table
     here = table.datasets == spec.index
+    totals = data.reg_totals
+    reg = int(table.repeats[here & table.is_reg].sum()) if totals is None else totals[spec.index]
     return {
         "is_dreambooth": spec.kind != "finetuning",
         "batch_size_per_device": spec.batch_size,
         "num_train_images": int(table.repeats[here & ~table.is_reg].sum()),
-        "num_reg_images": int(table.repeats[here & table.is_reg].sum()),
+        "num_reg_images": reg,
         "resolution": list(spec.resolution_wh),
         "enable_bucket": spec.enable_bucket,
         "min_bucket_reso": spec.min_bucket_reso if spec.enable_bucket else None,

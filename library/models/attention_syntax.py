@@ -1,4 +1,4 @@
-"""Attention weights in captions: `(word)`, `((word))`, `(word:1.3)`, `[word]`, and `\\(` for a literal bracket."""
+r"""Attention weights in captions: `(word)`, `((word))`, `(word:1.3)`, `[word]`, and `\(` for a literal bracket."""
 
 from __future__ import annotations
 

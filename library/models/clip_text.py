@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from library.errors import UserError
 from library.models.assemble import build_module
+from library.models.tokenizer import NO_TOKEN
 
 
 class TextEncoder(nn.Module):
@@ -24,6 +25,8 @@ class TextEncoder(nn.Module):
     Running the layers here, instead of through transformers' own forward pass, stops after the last layer that is
     wanted, needs no mask tensors, and works the same in transformers 4 and 5.
     """
+
+    text_model: Any
 
     def __init__(self, text_model: nn.Module) -> None:
         super().__init__()
@@ -37,26 +40,26 @@ class TextEncoder(nn.Module):
     @property
     def layers(self) -> Any:
         """The transformer layers."""
-        return self.text_model.encoder.layers  # type: ignore[union-attr]
+        return self.text_model.encoder.layers
 
     @property
     def width(self) -> int:
         """Number of features of a hidden state."""
-        return int(self.text_model.final_layer_norm.weight.shape[0])  # type: ignore[union-attr]
+        return int(self.text_model.final_layer_norm.weight.shape[0])
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
-        return self.text_model.final_layer_norm.weight.dtype  # type: ignore[union-attr,return-value]
+        return self.text_model.final_layer_norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return self.text_model.final_layer_norm.weight.device  # type: ignore[union-attr,return-value]
+        return self.text_model.final_layer_norm.weight.device
 
     def get_input_embeddings(self) -> nn.Embedding:
         """Return the token embedding, by the name that transformers gives this method."""
-        return self.text_model.embeddings.token_embedding  # type: ignore[union-attr,return-value]
+        return self.text_model.embeddings.token_embedding
 
     def enable_gradient_checkpointing(self, *, preserve_rng_state: bool = False) -> None:
         """Recompute each layer in the backward pass."""
@@ -65,11 +68,11 @@ class TextEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor, skip: int = 0) -> Tensor:
         """Return the hidden states [N,L,D] after the final norm, leaving out the last `skip` layers; ids are [N,L]."""
-        hidden = self.text_model.embeddings(input_ids=input_ids)  # type: ignore[union-attr,operator]
+        hidden = self.text_model.embeddings(input_ids=input_ids)
         layers = self.layers
         for layer in layers[: len(layers) - skip] if skip else layers:
             hidden = self._run(partial(layer, attention_mask=None, causal_attention_mask=None), hidden)
-        return self.text_model.final_layer_norm(hidden)  # type: ignore[union-attr,operator]
+        return self.text_model.final_layer_norm(hidden)
 
     def _run(self, layer: Any, hidden: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -122,18 +125,25 @@ def encode_tokens(
     weights: Tensor | None = None,
     *,
     skip: int = 0,
+    pad_id: int | None = None,
 ) -> Tensor:
     """Encode chunks of token ids and join them to one sequence per caption.
 
     Args:
         encoder: the text encoder.
-        token_ids: [B,n,L] int64; all chunks are encoded in one call. With n > 1, L is 77.
-        weights: [B,n,L] factors of the hidden states or None; the mean is not restored afterwards.
+        token_ids: [B,n,77] int64; all chunks are encoded in one call.
+        weights: [B,n,77] factors of the hidden states or None; the mean is not restored afterwards.
         skip: number of last layers to leave out; the final norm is applied either way.
+        pad_id: for captions without padding: cut the batch to its longest caption and fill shorter ones with this.
+            Waits for the device, since the length must be known.
 
     Returns:
-        Hidden states [B,S,D] with S = L for one chunk and n*75 + 2 for more.
+        Hidden states [B,S,D] with S = n*75 + 2, less where a batch was cut.
     """
+    if pad_id is not None:
+        longest = int((token_ids != NO_TOKEN).sum(-1).amax())
+        token_ids = token_ids[..., :longest].masked_fill(token_ids[..., :longest] == NO_TOKEN, pad_id)
+        weights = None if weights is None else weights[..., :longest]
     batch, chunks, length = token_ids.shape
     hidden = encoder(token_ids.reshape(batch * chunks, length), skip)
     hidden = hidden.reshape(batch, chunks, length, -1)

@@ -59,6 +59,9 @@ class ModelFamily(Protocol):
     def source_kind(self) -> str:
         """How the model came: `safetensors`, `ckpt` or `diffusers`."""
 
+    def parameter_count(self) -> int:
+        """Return the number of values in all parts of the model."""
+
     def unused_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that never get a gradient."""
 

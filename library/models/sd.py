@@ -54,6 +54,7 @@ class StableDiffusion:
             loaded.vae, loaded.vae_config, device=weights.device, dtype=weights.vae_dtype, allow_nan=allow_nan
         )
         self._skip = check_clip_skip(text.clip_skip, self.text_encoder)
+        self._pad_id = None if self.tokenizers[0].pad else spec.tokenizers[0].pad_id
         self._loaded = loaded
         self._allow_nan = allow_nan
         self._fingerprints: dict[str, str] = {}
@@ -102,6 +103,11 @@ class StableDiffusion:
         """The text encoder."""
         return (self.text_encoder,)
 
+    def parameter_count(self) -> int:
+        """Return the number of values in all parts of the model, the VAE included."""
+        parts = (self._loaded.unet, self._loaded.text, self._loaded.vae)
+        return sum(tensor.numel() for part in parts for tensor in part.values())
+
     @property
     def source_kind(self) -> str:
         """How the model came: `safetensors`, `ckpt` or `diffusers`."""
@@ -146,7 +152,8 @@ class StableDiffusion:
         device = self.text_encoder.device
         factors = None if weights is None else weights[0].to(device, non_blocking=True)
         ids = token_ids[0].to(device, non_blocking=True)
-        return {self.spec.text_array_names[0]: encode_tokens(self.text_encoder, ids, factors, skip=self._skip)}
+        hidden = encode_tokens(self.text_encoder, ids, factors, skip=self._skip, pad_id=self._pad_id)
+        return {self.spec.text_array_names[0]: hidden}
 
     def denoise(
         self, noisy: Tensor, t: Tensor, condition: Condition, control: Mapping[str, Any] | None = None
@@ -268,5 +275,5 @@ def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]

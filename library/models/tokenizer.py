@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 START_ID, END_ID = 49406, 49407
+NO_TOKEN = -1
+"""Stands behind the end token of captions that are not padded."""
 VOCABULARY_SIZE = 49408
 CHUNK = 77
 BODY = CHUNK - 2
@@ -43,9 +45,8 @@ class ClipTokenizer:
         spec: padding and name.
         max_token_length: None for 75 tokens of text, else 150 or 225.
         weighted: read attention weights in captions.
-        pad: fill up to the full length. Without, a caption is one chunk [1,L] that ends with its end token, L <= 77;
-            whoever stacks captions fills shorter ones with `spec.pad_id` up to the longest of the batch. Hidden states
-            before the padding do not depend on it, since CLIP only looks back.
+        pad: fill up to the full length with the pad token. Without, the row keeps its length of 77 so that rows can be
+            stacked, but what follows the end token is `NO_TOKEN`, and the encoder cuts a batch to its longest caption.
         extra_tokens: further tokens, with the ids from 49408 on; they are found before anything else in a caption.
     """
 
@@ -136,11 +137,12 @@ class ClipTokenizer:
         return len(self.weighted_ids(text)[0])
 
     def encode(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
-        """Return ids int64 [n,77] and weights float32 [n,77] (None unless weighted); [1,L] where nothing is padded."""
+        """Return ids int64 [n,77] and weights float32 [n,77] (None unless weighted)."""
         body, factors = self.weighted_ids(text)
         body, factors = body[: self.length - 2], factors[: self.length - 2]
-        missing = self.length - 2 - len(body) if self.pad else 0
-        ids = np.array([START_ID, *body, END_ID, *[self.spec.pad_id] * missing], np.int64)
+        missing = self.length - 2 - len(body)
+        padding = self.spec.pad_id if self.pad else NO_TOKEN
+        ids = np.array([START_ID, *body, END_ID, *[padding] * missing], np.int64)
         weights = np.array([1.0, *factors, 1.0, *[1.0] * missing], np.float32) if self.weighted else None
         if self.max_token_length is None:
             return ids[None], None if weights is None else weights[None]

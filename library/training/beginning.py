@@ -79,7 +79,7 @@ def _stored(opts: TrainingOptions, ranks: Ranks) -> StoredState | None:
 
 
 def _downloaded(opts: TrainingOptions) -> str:
-    from library.training.upload import download_state
+    from library.training.hub_state import download_state
 
     return str(download_state(opts.state.resume or "", opts.hub))
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import logging
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,8 @@ from typing import Any
 
 from library import option_values
 from library.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _MOST_HOPS = 8
 """Imports and base classes that are followed from the module that the user named."""
@@ -81,6 +85,10 @@ def import_class(import_path: str, where: str) -> Any:
         ) from error
     if not isinstance(found, type):
         raise UserError(f"{import_path} is not a class", where=where)
+    if not import_path.startswith("torch."):
+        logger.info(
+            "%s is taken from %s", import_path, getattr(sys.modules[module_name], "__file__", "a built-in module")
+        )
     return found
 
 

@@ -17,6 +17,8 @@ from library.errors import UserError
 from library.files import write_text
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from library.training.options import LogOptions
 
 _log = logging.getLogger(__name__)
@@ -29,6 +31,9 @@ class EventWriter(Protocol):
 
     def write(self, scalars: Mapping[str, float], step: int, *, epoch: int | None = None) -> None:
         """Store `scalars` at `step`; `epoch` marks values of a whole epoch, which have its number as their step."""
+
+    def picture(self, tag: str, image: Image, step: int, caption: str) -> None:
+        """Store a sample picture."""
 
     def close(self) -> None:
         """Bring everything to disk or to the server."""
@@ -119,6 +124,12 @@ class TensorBoard:
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step if epoch is None else epoch)
 
+    def picture(self, tag: str, image: Image, step: int, caption: str) -> None:
+        """Store a picture; TensorBoard shows no captions."""
+        import numpy as np
+
+        self._writer.add_image(tag, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
     def close(self) -> None:
         """Flush and close the file."""
         self._writer.close()
@@ -154,6 +165,12 @@ class Wandb:
         """Store `scalars` at `step`; values of an epoch get the number of the epoch as a column."""
         row = dict(scalars) if epoch is None else {**scalars, "epoch": epoch}
         self._run.log(row, step=step)
+
+    def picture(self, tag: str, image: Image, step: int, caption: str) -> None:
+        """Store a picture with its prompt, in the row of `step`."""
+        import wandb
+
+        self._run.log({tag: wandb.Image(image, caption=caption)}, step=step)
 
     def close(self) -> None:
         """Finish the run."""

@@ -73,6 +73,8 @@ class Loop:
         self.training.stepper.watch.flush()
         self.saver.finish(self.position)
         self._summarise()
+        if self.training.uploader is not None:
+            self.training.uploader.close()
 
     def _update(self, batches: Generator[Batch, None, None]) -> None:
         """One optimizer update: its micro-batches on this rank, then the step."""
@@ -121,9 +123,9 @@ class Loop:
         values = {
             "loss": loss,
             "grad_norm": grad_norm,
-            **learning_rates(training.built, training.rate_names),
+            **learning_rates(training.rate_names, training.built.optimizer),
             "data_wait_seconds": training.loader.wait_seconds,
-            **peak_memory_mb(self.run.device),
+            "peak_memory_mb": peak_memory_mb(self.run.device),
         }
         ended = self.position.update_in_epoch == 0
         training.tracker.update(self.position, values, images=images * world, epoch_ended=ended)
@@ -172,8 +174,9 @@ class Loop:
     def _sample(self) -> None:
         fault_point("sample.mid")
         with observe(self.training.method, self.training.built):
-            self.sampler.run(self.position.step, self.position.epoch)
-        self.run.barrier()
+            pictures = self.sampler.run(self.position.step, self.position.epoch)
+        self.training.tracker.add_pictures(self.run.ranks.gather(pictures))
+        self.training.tracker.pause()
 
     def _rescue(self) -> None:
         """Save the state of the last whole update when something unexpected ends the run."""

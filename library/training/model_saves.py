@@ -70,6 +70,11 @@ class ModelWriter:
                 zero_terminal_snr=self.opts.noise.zero_terminal_snr,
             )
 
+    def estimated_bytes(self) -> int:
+        """Return about how large a saved model is."""
+        size = {"fp16": 2, "bf16": 2}.get(self.opts.save.save_precision or "float", 4)
+        return size * self.family.parameter_count()
+
     def _metadata(self, epoch: int, step: int) -> dict[str, str]:
         opts = self.opts
         described = modelspec_metadata(

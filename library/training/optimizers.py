@@ -36,7 +36,7 @@ class OptimizerRow:
             be used up one by one during the backward pass.
         skips_on_device: The device itself can leave out a step whose gradients are not finite. All others cost one
             read of the gradients' norm by the host per update.
-        has_eval_mode: `eval()` moves the weights to where they are to be used; `train()` moves them back.
+        has_eval_mode: Evaluation mode moves the weights to where they are to be used, training mode moves them back.
         adapts_rate: Finds the learning rate itself; `--learning_rate` only scales it.
         one_rate: Fails when groups have different learning rates.
         instead: What works without the package.

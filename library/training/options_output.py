@@ -34,7 +34,7 @@ _UPLOADS = {"huggingface_repo_id": (), "resume_from_huggingface": ()}
 OVERRIDES = {
     "lr": ("learning_rate", "learning_rate_te"),
     "scheduler": ("schedule",),
-    "steps": ("length",),
+    "steps": ("max_train_steps", "max_train_epochs"),
     "data": ("data", "subset"),
 }
 """Names that `--resume_override` accepts besides groups and options, and what they stand for."""

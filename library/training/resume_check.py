@@ -81,9 +81,9 @@ class Changes:
         """
         if self.refused:
             names = " ".join(sorted({change.override for change in self.refused}))
-            what = f"this run differs from the one that was saved:\n{_table(self.refused)}\n"
             hint = f"Give the saved values, or allow the changes with --resume_override {names}"
-            raise UserError.of([Problem(where, what.rstrip(), hint)])
+            what = "this run differs from the one that was saved"
+            raise UserError.of([Problem(where, what, f"\n{_table(self.refused)}\n{hint}")])
 
 
 def compare(

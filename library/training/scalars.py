@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -111,7 +112,7 @@ class DeferredScalars:
             yield waiting.label, waiting.read()
 
 
-def learning_rates(names: list[str], optimizer: torch.optim.Optimizer) -> dict[str, Scalar]:
+def learning_rates(names: Sequence[str], optimizer: torch.optim.Optimizer) -> dict[str, Scalar]:
     """Return `lr/<name>` of each parameter group, and `lr/d*lr/<name>` where the optimizer estimates a step size d."""
     found: dict[str, Scalar] = {}
     for name, group in zip(names, optimizer.param_groups, strict=True):
@@ -122,7 +123,7 @@ def learning_rates(names: list[str], optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Return the most memory held so far, in MiB: of the GPU, else of this process."""
+    """Return the most memory held so far, in MiB: of the GPU, else of this process (0 where that cannot be told)."""
     if device.type == "cuda":
         import torch
 
@@ -131,7 +132,5 @@ def peak_memory_mb(device: torch.device) -> float:
         import resource
     except ImportError:  # Windows
         return 0.0
-    import sys
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -28,6 +28,7 @@ from library.training.state import StateInfo, StateParts, load_state, save_state
 from library.training.step import TrainStep
 from library.training.stepper import Stepper
 from library.training.tracking import Tracker
+from library.training.upload import Uploader
 
 if TYPE_CHECKING:
     from library.data.dataset import TrainingData
@@ -56,7 +57,8 @@ class Training:
     module: nn.Module
     loader: PlannedBatches
     tracker: Tracker
-    rate_names: tuple[str, ...]
+    uploader: Uploader | None
+    rate_names: list[str]
     """What the learning rates of the optimizer's groups are logged as."""
 
     @property
@@ -130,16 +132,15 @@ def set_up(run: Run, family: ModelFamily, method: Method, data: TrainingData, op
         module=nn.Module(),
         loader=loader,
         tracker=_make_tracker(run, opts, begin),
-        rate_names=tuple(group.name for group in groups),
+        uploader=_uploader(run, opts),
+        rate_names=[group.name for group in groups],
     )
     training.wrap()
     return training
 
 
 def _make_tracker(run: Run, opts: TrainingOptions, begin: Beginning) -> Tracker:
-    tracker = Tracker(
-        opts.log, total_steps=begin.length.total_steps, is_main=run.is_main, hparams=loggable(opts)
-    )
+    tracker = Tracker(opts.log, length=begin.length, is_main=run.is_main, hparams=loggable(opts))
     if begin.stored is not None:
         info = begin.stored.info
         tracker.resume(info.tracker, info.loss_average, begin.position.step)
@@ -165,13 +166,13 @@ def make_saver(training: Training, data: TrainingData, position: Any) -> Saver:
     def write_state(folder: Path) -> None:
         save_state(folder, training.parts, training.info(position(), saver), run.ranks)
 
-    actions = SaveActions(model=writer, state=write_state, upload=_upload(run, opts), suffix=writer.suffix)
+    actions = SaveActions(model=writer, state=write_state, upload=training.uploader, suffix=writer.suffix)
     saver = Saver(opts.save, opts.state, training.length, actions, run.ranks)
     stored = training.begin.stored
     if stored is not None:
         saver.restore(stored.info.saver, stored.folder)
     if run.is_main:
-        saver.preflight(training.family.saved_bytes(writer.precision), state_bytes(training.parts.modules))
+        saver.preflight(writer.estimated_bytes(), state_bytes(training.parts.modules))
     return saver
 
 
@@ -188,8 +189,16 @@ def make_sampler(training: Training) -> SampleImages:
         seed=run.seed,
         process=Process(run.rank, run.world_size),
         should_stop=lambda: run.stop.requested is not None,
-        on_image=training.tracker.image,
     )
+
+
+def _uploader(run: Run, opts: TrainingOptions) -> Uploader | None:
+    """Return what sends complete files to Hugging Face, on the main process of a run that asks for it."""
+    if not (run.is_main and opts.hub.huggingface_repo_id):
+        return None
+    uploader = Uploader(opts.hub)
+    uploader.prepare()
+    return uploader
 
 
 def _facts(training: Training, data: TrainingData) -> dict[str, str]:

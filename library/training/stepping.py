@@ -5,7 +5,7 @@ Where the optimizer allows it the device decides by itself, so that the host nev
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +40,8 @@ def step_or_skip(
 ) -> StepOutcome:
     """Clip the gradients to `max_grad_norm`, then step, unless a gradient is not finite.
 
-    Under DDP every rank comes to the same result, as the gradients are the same bits everywhere. Costs no wait for the
-    device if `built.row.skips_on_device`, else one (which `torch.amp.GradScaler` does itself when there is one).
+    Under DDP every rank comes to the same result, as the gradients are the same bits everywhere. On a GPU this costs no
+    wait if `built.row.skips_on_device`, else one (which `torch.amp.GradScaler` does itself when there is one).
 
     Args:
         built: The optimizer.
@@ -55,15 +55,19 @@ def step_or_skip(
     norm = gradient_norm(gradients)
     finite = torch.isfinite(norm)
     outcome = _outcome(norm, finite)
-    if built.row.skips_on_device:
+    if built.row.skips_on_device and norm.device.type != "cpu":
         _step_on_device(built.optimizer, norm, ~finite, max_grad_norm)
         return outcome
     value = norm.item()
     if value - value != 0:  # infinite or not a number
         return outcome
-    if max_grad_norm and value > max_grad_norm:
+    if not max_grad_norm or value <= max_grad_norm:
+        built.optimizer.step()
+    elif built.row.skips_on_device:
+        _step_on_device(built.optimizer, norm, ~finite, max_grad_norm)
+    else:
         torch._foreach_mul_(gradients, max_grad_norm / (value + _TINY))
-    built.optimizer.step()
+        built.optimizer.step()
     return outcome
 
 
@@ -108,8 +112,3 @@ def _step_scaled(optimizer: Any, params: Sequence[Tensor], max_grad_norm: float,
     blame = scaler._get_scale_async() < 1.0
     scaler.update()
     return _outcome(norm, torch.isfinite(norm), blame)
-
-
-def trainable(groups: Iterable[dict[str, Any]]) -> list[Tensor]:
-    """Return all tensors of an optimizer's parameter groups, in order."""
-    return [param for group in groups for param in group["params"]]

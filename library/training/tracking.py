@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from library.training.scalars import DeferredScalars, LossAverage, learning_rate
 if TYPE_CHECKING:
     from library.contracts import Position, RunLength
     from library.training.options import LogOptions
+    from library.training.sampling import SampledImage
     from library.training.scalars import Scalar
 
 __all__ = ["LossAverage", "Tracker", "learning_rates", "peak_memory_mb"]
@@ -129,7 +131,17 @@ class Tracker:
     def write(self, scalars: Mapping[str, float], step: int, *, epoch: int | None = None) -> None:
         """Write other scalars at once, such as those of a validation."""
         for writer in list(self._writers):
-            self._try(writer, lambda writer=writer: writer.write(scalars, step, epoch=epoch))
+            self._try(writer, partial(writer.write, scalars, step, epoch=epoch))
+
+    def add_pictures(self, pictures: Iterable[Sequence[SampledImage]]) -> None:
+        """Show sample pictures, given as one list per rank, in the order of their prompts."""
+        everything = [picture for of_rank in pictures for picture in of_rank]
+        self.flush()
+        for picture in sorted(everything, key=lambda picture: picture.index):
+            for writer in list(self._writers):
+                self._try(
+                    writer, partial(writer.picture, picture.tag, picture.image, picture.step, picture.request.prompt)
+                )
 
     def count_replaced(self, reasons: Iterable[str]) -> None:
         """Count samples that another one of their bucket stood in for."""
@@ -142,8 +154,8 @@ class Tracker:
 
     def _show(self, position: Position, values: dict[str, float], *, epoch_ended: bool) -> None:
         loss = values.get("loss", math.nan)
-        inside = position.update_in_epoch or self._length.updates_per_epoch
-        self.loss_average.add(inside - 1, loss)
+        # The last update of an epoch leads to update 0 of the next one.
+        self.loss_average.add((position.update_in_epoch or self._length.updates_per_epoch) - 1, loss)
         average = self.loss_average.average
         if position.step % self._log_options.log_every_n_steps == 0:
             self.write({**values, "loss/current": loss, "loss/average": average}, position.step)
@@ -153,7 +165,7 @@ class Tracker:
             self._bar.set_postfix(avr_loss=average, refresh=False)
             self._bar.update(1)
 
-    def _try(self, writer: EventWriter, action: Any) -> None:
+    def _try(self, writer: EventWriter, action: Callable[[], object]) -> None:
         """Call `action`; a writer that fails (full disk, no network) is dropped with a warning."""
         try:
             action()

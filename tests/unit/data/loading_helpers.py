@@ -119,9 +119,7 @@ def fill(data, vae="vae"):
         for rows in plan.batches(2, in_memory=in_memory):
             for row in rows:
                 given = data.latent_input(row)
-                data.store_latents(
-                    row, encode(given.pixels), encode(given.flipped) if given.flip else None, given.mask
-                )
+                data.store_latents(row, encode(given.pixels), encode(given.flipped) if given.flip else None, given.mask)
     return plan
 
 

@@ -20,7 +20,9 @@ RULES = CacheRules(suffix="_sd", family="sd1")
 VAE = "vae-1"
 
 
-def make_need(folder, *, size_wh=(640, 480), bucket_wh=(64, 48), flip=False, mask=False, content=b"image", name="a.png"):
+def make_need(
+    folder, *, size_wh=(640, 480), bucket_wh=(64, 48), flip=False, mask=False, content=b"image", name="a.png"
+):
     path = folder / name
     if not path.exists():
         path.write_bytes(content)

@@ -191,7 +191,9 @@ def test_a_bomb_is_refused_before_anything_is_allocated(tmp_path):
 def test_a_webp_bomb_is_refused_by_its_header(tmp_path):
     path = tmp_path / "a.webp"
     canvas = (16383 - 1).to_bytes(3, "little") * 2
-    path.write_bytes(b"RIFF" + (22).to_bytes(4, "little") + b"WEBPVP8X" + (10).to_bytes(4, "little") + bytes(4) + canvas)
+    path.write_bytes(
+        b"RIFF" + (22).to_bytes(4, "little") + b"WEBPVP8X" + (10).to_bytes(4, "little") + bytes(4) + canvas
+    )
     with pytest.raises(BadImage, match="268 Mpx"):
         load_image(path)
 
@@ -202,12 +204,12 @@ def test_size_must_be_the_one_that_was_scanned(tmp_path):
     assert "is 20x10, was 20x12" in str(check_decodable(path, (20, 12)))
 
 
-def test_huge_jpegs_are_decoded_reduced(tmp_path, monkeypatch):
-    monkeypatch.setattr("library.data.images.REDUCE_ABOVE", 1000)
+def test_huge_jpegs_are_decoded_reduced(tmp_path):
     path = saved(tmp_path / "a.jpg", Image.fromarray(noise(640, 320)))
-    assert load_image(path, enough_wh=(40, 80)).shape == (160, 80, 3)
+    assert load_image(path, enough_wh=(40, 80), reduce_above=1000).shape == (160, 80, 3)
+    assert load_image(path, enough_wh=(40, 80)).shape == (640, 320, 3)
     assert load_image(path).shape == (640, 320, 3)
-    assert load_image(path, size_wh=(320, 640), enough_wh=(300, 600)).shape == (640, 320, 3)
+    assert load_image(path, size_wh=(320, 640), enough_wh=(300, 600), reduce_above=1000).shape == (640, 320, 3)
 
 
 @given(st.integers(0, 5), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6))

@@ -230,9 +230,7 @@ def test_signals_to_the_group_leave_workers_alive(tmp_path):
     here = Path(__file__).parent
     script = tmp_path / "run.py"
     (tmp_path / "data").mkdir()
-    script.write_text(
-        GROUP_SIGNAL.format(root=str(here.parents[2]), tests=str(here), folder=str(tmp_path / "data"))
-    )
+    script.write_text(GROUP_SIGNAL.format(root=str(here.parents[2]), tests=str(here), folder=str(tmp_path / "data")))
     done = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, timeout=100, start_new_session=True
     )

@@ -9,7 +9,7 @@ from library.errors import UserError
 from library.models import tokenizer as module
 from library.models.options import TextOptions
 from library.models.specs import SD1, SD2, SD_V1_TOKENIZER, SD_V2_TOKENIZER
-from library.models.tokenizer import ClipTokenizer, tokenizers_for
+from library.models.tokenizer import NO_TOKEN, ClipTokenizer, tokenizers_for
 
 
 def test_rows_are_padded_and_cut():
@@ -21,12 +21,12 @@ def test_rows_are_padded_and_cut():
     assert tokenizer.token_count("cat " * 500) == 500
 
 
-def test_without_padding_a_row_ends_with_its_end_token():
+def test_without_padding_nothing_follows_the_end_token():
     (tokenizer,) = tokenizers_for(SD2, TextOptions(no_token_padding=True, weighted_captions=True))
     ids, weights = tokenizer.encode("(cat:1.5)")
-    assert ids.tolist() == [[49406, 2368, 49407]]
-    assert weights.tolist() == [[1.0, 1.5, 1.0]]
-    assert tokenizer.encode("cat " * 500)[0].shape == (1, 77)
+    assert ids.tolist() == [[49406, 2368, 49407, *[NO_TOKEN] * 74]]
+    assert weights.tolist() == [[1.0, 1.5, *[1.0] * 75]]
+    assert tokenizer.encode("cat " * 500)[0].tolist() == [[49406, *[2368] * 75, 49407]]
 
 
 def test_unpadded_long_captions_are_refused():

@@ -1,7 +1,9 @@
 """Loading, running and saving Stable Diffusion models through the family."""
 
 import hashlib
+import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from library.models.options import MemoryOptions, ModelOptions, TextOptions
 from library.models.random_models import make_random_sd, random_parts
 from library.models.sd import StableDiffusion
 from library.models.sd_attention import CrossAttention
-from library.models.specs import SD1, stable_diffusion_spec
+from library.models.specs import SD1, SD2, stable_diffusion_spec
 
 pytestmark = pytest.mark.compat
 
@@ -163,6 +165,20 @@ def test_fingerprint_of_the_vae_is_that_of_its_encoder(parts):
     assert family.fingerprint("unet") != family.fingerprint("text_encoder")
 
 
+@pytest.mark.parametrize("spec", [SD1, SD2])
+def test_captions_without_padding_end_with_the_longest_of_the_batch(parts, spec):
+    family, padded = (
+        StableDiffusion(spec, TextOptions(no_token_padding=unpadded), parts, WeightPlan()) for unpadded in (True, False)
+    )
+    texts = ["a cat", "a cat and a dog"]
+    ids, full = (
+        torch.stack([torch.from_numpy(one.tokenizers[0].encode(text)[0]) for text in texts]) for one in (family, padded)
+    )
+    hidden = family.encode_text((ids,)).hidden
+    assert hidden.shape == (2, 7, 64)
+    torch.testing.assert_close(hidden, padded.encode_text((full,)).hidden[:, :7])
+
+
 @pytest.mark.parametrize("clip_skip", [0, 3])
 def test_clip_skip_beyond_the_layers_is_refused(parts, clip_skip):
     with pytest.raises(UserError, match="--clip_skip"):
@@ -210,6 +226,26 @@ def test_equal_seeds_give_equal_files(tmp_path):
     other = make_random_sd(tmp_path / "c", seed=4)
     assert first.read_bytes() == second.read_bytes()
     assert first.read_bytes() != other.read_bytes()
+
+
+@pytest.mark.parametrize(("family", "golden"), [("sd1", "ckpt_keys_sd15.json"), ("sd2", "ckpt_keys_sd21.json")])
+def test_tiny_models_have_the_tensors_of_real_ones(tmp_path, family, golden):
+    """Layers aside that a shallower text encoder lacks."""
+    listed = json.loads((Path(__file__).parents[2] / "golden" / golden).read_text())
+    names = set(tensors_of(make_random_sd(tmp_path / "model", family)))
+    required = {name for name, entry in listed.items() if not entry.get("optional")}
+    deeper = re.compile(r"cond_stage_model\..*\.(layers|resblocks)\.(?![01]\.)\d+\.")
+    assert {name for name in required if not deeper.match(name)} <= names
+    assert {name for name in names if not deeper.match(name)} <= set(listed)
+
+
+def test_another_vae_replaces_the_own_one_and_is_saved(tmp_path, model_file):
+    other = make_random_sd(tmp_path / "other", seed=9)
+    family = load(model_file, vae=str(other))
+    saved = tensors_of(family.save(tmp_path / "out", None, None, None, epoch=0, step=0))
+    expected = tensors_of(other)
+    for name, tensor in saved.items():
+        assert torch.equal(tensor, expected[name]) == name.startswith("first_stage_model."), name
 
 
 def test_xformers_without_a_gpu_gives_one_warning(model_file, caplog):

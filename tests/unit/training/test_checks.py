@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,8 @@ def test_refused(problems, words, message):
     ],
 )
 def test_fused_backward_pass(problems, base, words, message):
-    pytest.importorskip("prodigyopt")
+    if find_spec("prodigyopt") is None:
+        pytest.skip("prodigyopt is not installed")
     (found,) = problems("--fused_backward_pass", words)
     assert found.startswith(f"--fused_backward_pass: {message}")
 
@@ -247,9 +249,13 @@ def test_groups_can_be_made_alone_and_agree_with_the_parser(base):
 
 
 def test_resume_override_names():
-    state = parse(Options, ["--resume=latest", "--resume_override", "lr", "noise", "--debug_dataset", *_data()]).state
+    state = parse(
+        Options, ["--resume=latest", "--resume_override", "lr", "noise", "steps", "--debug_dataset", *_data()]
+    ).state
     assert state.allows("optimizer", "learning_rate")
     assert state.allows("noise", "noise_offset")
+    assert state.allows("length", "max_train_epochs")
+    assert not state.allows("length", "seed")
     assert not state.allows("optimizer", "max_grad_norm")
 
 

@@ -9,7 +9,7 @@ from library.errors import StopTraining
 from library.training.non_finite import NonFiniteWatch
 from library.training.optimizers import build_optimizer
 from library.training.options import OptimizerOptions
-from library.training.stepping import StepOutcome, gradient_norm, step_or_skip
+from library.training.stepping import StepOutcome, _step_on_device, gradient_norm, step_or_skip
 
 NAMES = ["AdamW", "SGD", "AdamW8bit", "Lion", "Prodigy", "AdamWScheduleFree"]
 
@@ -82,6 +82,23 @@ def test_a_skipped_update_leaves_no_trace(name, bad):
         for key, value in built.optimizer.state[one].items():
             expected = reference.optimizer.state[other][key]
             assert torch.equal(value, expected) if isinstance(value, torch.Tensor) else value == expected
+
+
+def test_the_kernel_of_adamw_skips_and_clips_by_itself():
+    """What happens on a GPU, where the host does not know the norm."""
+    ours, theirs = parameters(), parameters()
+    built, reference = build(ours), build(theirs)
+    for seed, bad in enumerate([True, False, True, False]):
+        give_gradients(ours, seed)
+        give_gradients(theirs, seed)
+        if bad:
+            ours[0].grad[0, 0] = float("nan")
+        norm = gradient_norm([param.grad for param in ours])
+        _step_on_device(built.optimizer, norm, ~torch.isfinite(norm), 1.0)
+        if not bad:
+            step_or_skip(reference, theirs, 1.0)
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    assert built.optimizer.state[ours[0]]["step"] == 2
 
 
 def test_the_optimizer_keeps_no_marks_of_clipping():

@@ -218,6 +218,30 @@ class TestTensorBoard:
         assert "6/6" in capsys.readouterr().err
 
 
+def pictures():
+    """Two ranks' sample pictures, as the sampler hands them over."""
+    from PIL import Image
+
+    def one(index):
+        request = SimpleNamespace(prompt=f"prompt {index}")
+        return SimpleNamespace(
+            index=index, tag=f"sample_{index}", image=Image.new("RGB", (8, 8)), step=4, request=request
+        )
+
+    return [[one(0), one(2)], [one(1)]]
+
+
+def test_pictures_in_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with tracker_of(tmp_path) as tracker:
+        tracker.add_pictures(pictures())
+    found = EventAccumulator(str(only(tmp_path) / "dreambooth"))
+    found.Reload()
+    assert found.Tags()["images"] == ["sample_0", "sample_1", "sample_2"]
+    assert found.Images("sample_2")[0].step == 4
+
+
 class TestWandb:
     @pytest.fixture
     def wandb(self, monkeypatch):
@@ -258,6 +282,12 @@ class TestWandb:
         assert os.environ["WANDB_DIR"].endswith("project")
         assert list(tmp_path.rglob("events*")) == []
         assert tracker.state_dict()["folder"]
+
+    def test_pictures_have_their_prompts(self, tmp_path, wandb):
+        wandb.Image = lambda image, caption: caption
+        with tracker_of(tmp_path, log_with="wandb") as tracker:
+            tracker.add_pictures(pictures())
+        assert wandb.rows[:3] == [(4, {f"sample_{index}": f"prompt {index}"}) for index in range(3)]
 
     def test_resuming_continues_the_run(self, tmp_path, wandb):
         first = tracker_of(tmp_path, log_with="all")
