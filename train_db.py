@@ -30,12 +30,20 @@ def train(opts: Options) -> None:
     spec = stable_diffusion_spec(opts.model)
     kinds = ("dreambooth", "controlnet") if opts.data.masked_loss else ("dreambooth",)
     data = open_data(
-        opts.data, opts.subset, opts.cache, spec=spec, kinds=kinds, tokenizers=tokenizers_for(spec, opts.text)
+        opts.data,
+        opts.subset,
+        opts.cache,
+        spec=spec,
+        kinds=kinds,
+        tokenizers=tokenizers_for(spec, opts.text),
+        seed=opts.length.seed,
     )
     if opts.data.debug_dataset:
         from library.data.report import write_report
+        from library.training.run_length import resolve_length
 
-        write_report(data, opts)
+        length = resolve_length(opts.length, batches_per_epoch=data.batch_count())
+        write_report(data, opts.save.output_dir, length=length, seed=opts.length.seed or 0)
         return
 
     from library.models.sd import StableDiffusion

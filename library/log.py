@@ -154,6 +154,8 @@ def set_up(level: str | None = None, file: str | None = None, *, simple: bool = 
     root.setLevel(max(ours, logging.WARNING))
     for name in OUR_LOGGERS:
         logging.getLogger(name).setLevel(ours)
+    # It warns at every import that 4-bit products on the CPU, which nothing here uses, lack an optional package.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.captureWarnings(capture=True)
 
 

@@ -41,8 +41,9 @@ class CannotSave(StopTraining):
 class NewFile:
     """A binary file being written that keeps the first `OSError`.
 
-    Writers that replace the cause of a failure by an error of their own (`torch.save`) thus cannot hide it: leaving the
-    context raises the kept error. Bytes go through a buffer; `write` passes the fault point `<kind>.mid`.
+    Writers that replace the cause of a failure by an error of their own, or swallow it (`torch.save` does both,
+    depending on the write that fails), thus cannot hide it: leaving the context raises the kept error. Bytes go through
+    a buffer; `write` passes the fault point `<kind>.mid`.
     """
 
     def __init__(self, path: StrPath, kind: str = "save") -> None:
@@ -81,13 +82,13 @@ class NewFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is not None:
+        if error is None:
+            self.close()
+        else:
             with suppress(OSError):
                 self.close()
-            if self.error is not None and error is not self.error:
-                raise self.error from error
-        else:
-            self.close()
+        if self.error is not None and error is not self.error:
+            raise self.error from error
 
     def _guard(self, action: Callable[[], Any]) -> Any:
         try:

@@ -57,6 +57,13 @@ def tiny_sd2(model_folder) -> Path:
     return make_random_sd(model_folder / "tiny_sd2.safetensors", family="sd2")
 
 
+@pytest.fixture(scope="session")
+def tiny_sd2_v(model_folder) -> Path:
+    from library.models.random_models import make_random_sd
+
+    return make_random_sd(model_folder / "tiny_sd2_v.safetensors", family="sd2", v_prediction=True)
+
+
 @pytest.fixture
 def photo_folders(tmp_path) -> Path:
     """A DreamBooth tree: `2_sks duck` with captions and three photographs, `1_sks bear` without captions and two."""

@@ -199,7 +199,7 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
-    if dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise UserError(f"tensor {name!r} has the unknown type {dtype!r}", where=where)
     if not _whole_numbers(shape) or len(shape) > MAX_DIMENSIONS:
         raise UserError(f"tensor {name!r} has an invalid shape", where=where)

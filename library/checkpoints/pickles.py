@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import pickletools
 import re
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -82,7 +84,7 @@ _OMEGACONF_NAMES = frozenset(
 # omegaconf's own containers refer to these; they become stubs only in a file that holds such a container.
 _OMEGACONF_COMPANIONS = frozenset(
     ("typing.Any", "collections.defaultdict", "builtins.dict", "builtins.list", "builtins.str", "builtins.int",
-     "builtins.float", "builtins.bool", "builtins.unicode")
+     "builtins.float", "builtins.bool")
 )  # fmt: skip
 
 
@@ -155,7 +157,7 @@ def _globals_of_zip(path: Path) -> set[str]:
             members = archive.infolist()
             pickle_name = _check_members(path, members)
             return set(_globals_in(io.BytesIO(archive.read(pickle_name))))
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, ValueError, RuntimeError) as error:
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError, AssertionError) as error:
         raise _damaged(path, "incomplete or damaged checkpoint (its archive index cannot be read)") from error
 
 
@@ -190,27 +192,56 @@ def _globals_of_legacy(path: Path) -> set[str]:
     names: set[str] = set()
     try:
         with path.open("rb") as file:
+            bounded = _Bounded(file)
             for _ in range(5):
-                names.update(_globals_in(file))
-    except (ValueError, OSError, OverflowError, UnicodeDecodeError) as error:
+                names.update(_globals_in(bounded))
+    except (ValueError, OSError, OverflowError, AssertionError) as error:
         if names and _refused(names):
             return names
         raise _damaged(path, "incomplete or damaged checkpoint (its pickle cannot be read)") from error
     return names
 
 
-def _globals_in(file: BinaryIO | io.BytesIO) -> Iterator[str]:
+class _Bounded:
+    """A file of which a damaged pickle cannot ask for more than there may be: lengths in it are only claims."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def read(self, count: int) -> bytes:
+        return self._file.read(min(count, self._left()))
+
+    def readline(self) -> bytes:
+        return self._file.readline(self._left())
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def _left(self) -> int:
+        left = min(os.fstat(self._file.fileno()).st_size, MAX_PICKLE_BYTES) - self._file.tell()
+        if left <= 0:
+            raise ValueError("the pickle goes on behind the end")
+        return left
+
+
+def _globals_in(file: Any) -> Iterator[str]:
     """Yield the names that a pickle imports, without running it."""
     recent: list[str] = []
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in ("GLOBAL", "INST"):
-            yield str(argument).replace(" ", ".", 1).replace("__builtin__.", "builtins.", 1)
+            yield _modern_name(*str(argument).partition(" ")[::2])
         elif opcode.name == "STACK_GLOBAL":
             yield ".".join(recent[-2:]) if len(recent) > 1 else "(computed name)"
         elif opcode.name in ("EXT1", "EXT2", "EXT4"):
             yield "(extension registry)"
         elif isinstance(argument, str):
             recent = [*recent[-1:], argument]
+
+
+def _modern_name(module: str, name: str) -> str:
+    """Return the dotted name of a global; older protocols spell some as Python 2 did."""
+    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+    return f"{module}.{name}"
 
 
 def _numpy_names() -> dict[str, Any]:
@@ -225,9 +256,9 @@ def _numpy_names() -> dict[str, Any]:
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         table[f"{module}.scalar"] = multiarray.scalar  # type: ignore[attr-defined]
         table[f"{module}._reconstruct"] = multiarray._reconstruct  # type: ignore[attr-defined]
-    for kind in ("Bool", "Int8", "Int16", "Int32", "Int64", "UInt8", "Float16", "Float32", "Float64"):
-        dtype_class = type(np.dtype(kind.lower()))
-        table[f"numpy.dtypes.{kind}DType"] = dtype_class
+    for kind in "?bhilqBHILQefdUS":
+        dtype_class = type(np.dtype(kind))
+        table[f"numpy.dtypes.{dtype_class.__name__}"] = dtype_class
     return table
 
 
@@ -252,7 +283,9 @@ def _check_globals(path: Path, names: set[str]) -> list[Any]:
         raise UserError(f"refused: this pickle wants to use {shown}", _CONVERT, where=str(path))
     allowed: list[Any] = []
     known = _numpy_names()
-    for name in sorted(names):
+    # A dtype restores itself as an instance of its class, which the pickle does not name.
+    implied = {name for name in known if name.startswith("numpy.dtypes.")} if "numpy.dtype" in names else set()
+    for name in sorted(names | implied):
         if name in known:
             allowed.append((known[name], name))
         elif "ParameterDict" in name:

@@ -120,6 +120,8 @@ def _png(head: bytes, read_at: ReadAt) -> Header | None:
 
 
 def _webp(head: bytes, read_at: ReadAt) -> Header | None:
+    if len(head) < 30:
+        return None
     kind = head[12:16]
     if kind == b"VP8 " and head[23:26] == b"\x9d\x01\x2a":
         width, height = struct.unpack_from("<HH", head, 26)

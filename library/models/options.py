@@ -98,7 +98,7 @@ class TextOptions(OptionGroup, title="text"):
     weighted_captions: bool = opt(False, help="Understand weights in captions: (word:1.3), [word], ((word)).")
     no_token_padding: bool = opt(
         False,
-        help="End a caption at its end token in place of padding it to the full length.",
+        help="Pad captions only to the longest one of their batch, not to 77 tokens.",
     )
 
 

@@ -16,7 +16,7 @@ from library.contracts import Condition
 from library.models.assemble import build_module, check_weights, collection_paused, from_config
 from library.models.clip_text import TextEncoder, build_text_encoder, check_clip_skip, encode_tokens
 from library.models.family import WeightPlan
-from library.models.memory import compile_blocks, enable_gradient_checkpointing
+from library.models.memory import compile_blocks, enable_gradient_checkpointing, use_channels_last
 from library.models.sd_attention import choose_attention, name_attention_modules, set_attention
 from library.models.specs import check_prediction
 from library.models.tokenizer import ClipTokenizer, tokenizers_for
@@ -91,6 +91,8 @@ class StableDiffusion:
         for part, module in family.parts().items():
             check_weights(module.state_dict(), f"{where} ({part})", allow_nan=model.allow_nan_weights)
         set_attention(family.unet, choose_attention(memory, weights.device))
+        if weights.device.type == "cuda":
+            use_channels_last(family.unet)
         return family
 
     @property

@@ -72,8 +72,8 @@ def stable_diffusion_spec(model: ModelOptions) -> FamilySpec:
     """
     spec = stable_diffusion_family("sd2" if model.v2 else "sd1", v_prediction=model.v_parameterization)
     name = model.pretrained_model_name_or_path
-    if not name:
-        raise UserError("no model is given", "Name a .safetensors or .ckpt file or a Diffusers folder.", where=_OPTION)
+    if not name:  # a report on the data needs none, and the option checks see to the rest
+        return spec
     path = Path(name).expanduser()
     if path.exists():
         from library.checkpoints.detect import inspect

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from library.errors import Problem
 from library.option_values import nearest
+from library.training.sampling import sampling_problems
 
 if TYPE_CHECKING:
     from library.training.options import TrainingOptions
@@ -34,6 +35,7 @@ def check_training(options: TrainingOptions, *, world_size: int) -> Iterator[Pro
         yield from _fused_backward(options, world_size)
     yield from _augmentation(options)
     yield from _override_names(options)
+    yield from sampling_problems(options.sample)
 
 
 def warn_training(options: TrainingOptions) -> Iterator[Problem]:

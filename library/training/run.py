@@ -17,6 +17,7 @@ from library.errors import UserError
 from library.files import clean_litter
 from library.lock_file import LockFile
 from library.models.family import WeightPlan
+from library.models.memory import allow_tf32
 from library.signals import StopFlag
 from library.training.beginning import find_beginning
 from library.training.ranks import Ranks
@@ -94,6 +95,8 @@ class Run:
             self._cleanup.enter_context(LockFile(self.output_dir / f".{name}.lock"))
         self._cleanup.enter_context(self.stop)
         _set_determinism(self.opts.length.deterministic)
+        if self.device.type == "cuda":
+            allow_tf32(not self.opts.length.deterministic)
         self.begin = find_beginning(self.opts, self.data, self.device, self.ranks)
         self.seed = self._resolve_seed()
         # Nothing of ours draws from the global generator; third-party code may.

@@ -70,12 +70,12 @@ def test_every_output_kind_is_written(train_db, base_options, tmp_path, kind):
 
 
 def test_sd2_with_velocity_and_regularization_images(
-    train_db, base_options, tiny_sd2, regularization_folders, tmp_path
+    train_db, base_options, tiny_sd2_v, regularization_folders, tmp_path
 ):
     options = [option for option in base_options if "pretrained_model" not in option]
     status = train_db(
         *options,
-        f"--pretrained_model_name_or_path={tiny_sd2}",
+        f"--pretrained_model_name_or_path={tiny_sd2_v}",
         "--v2",
         "--v_parameterization",
         f"--reg_data_dir={regularization_folders}",

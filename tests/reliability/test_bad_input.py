@@ -65,7 +65,7 @@ OPTIONS = {
     "zero steps": (["--max_train_steps=0"], ["max_train_steps"]),
     "output name": (["--output_name=../escape"], ["output_name"]),
     "v2 for an SD1 file": (["--v2"], ["v2"]),
-    "bucket limits": (["--enable_bucket", "--max_bucket_reso=32"], ["max_bucket_reso"]),
+    "bucket limits": (["--enable_bucket", "--resolution=128", "--max_bucket_reso=64"], ["max_bucket_reso"]),
 }
 
 

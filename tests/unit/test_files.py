@@ -126,6 +126,21 @@ class TestAtomicFile:
         assert f"cannot save {tmp_path / 'a'}: disk full (needs 3.0 GiB, free " in str(caught.value)
         assert str(caught.value).endswith("Previous a is untouched.")
 
+    def test_torch_cannot_swallow_an_error(self, tmp_path, monkeypatch):
+        import torch
+
+        for count in range(1, 200):
+            monkeypatch.setenv(VARIABLE, f"save.mid:eio:{count}")
+            try:
+                with atomic_file(tmp_path / "a") as temporary, NewFile(temporary) as file:
+                    torch.save({"x": torch.zeros(3)}, file)
+            except CannotSave:
+                assert names(tmp_path) == []
+            else:
+                break
+        assert count > 10
+        assert torch.load(tmp_path / "a")["x"].tolist() == [0.0, 0.0, 0.0]
+
     def test_torch_cannot_hide_the_cause(self, tmp_path):
         def write(temporary):
             with NewFile(temporary) as file:

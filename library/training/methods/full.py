@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from library.contracts import ParamGroup
+from library.models.memory import has_dropout
 from library.training.parameter_order import in_reference_order
 
 if TYPE_CHECKING:

@@ -64,7 +64,11 @@ def test_the_file_is_byte_for_byte_what_the_library_writes(tmp_path):
 
 def test_views_and_lazy_tensors_are_written_by_value(tmp_path):
     base = torch.arange(24.0).reshape(4, 6)
-    tensors = {"t": base.T, "half": base[:, ::2], "lazy": LazyTensor((8, 6), torch.float32, lambda: torch.cat([base] * 2))}
+    tensors = {
+        "t": base.T,
+        "half": base[:, ::2],
+        "lazy": LazyTensor((8, 6), torch.float32, lambda: torch.cat([base] * 2)),
+    }
     write_safetensors(tmp_path / "m.safetensors", tensors)
     found = safetensors.torch.load_file(tmp_path / "m.safetensors")
     assert torch.equal(found["t"], base.T)
@@ -182,7 +186,8 @@ def test_the_header_is_read_without_torch(tmp_path):
     write_safetensors(tmp_path / "m.safetensors", {"a": torch.ones(2, 3)}, {"k": "v"})
     code = (
         "import sys; from library.checkpoints.tensor_files import read_header; from library.checkpoints import detect;"
-        f"h = read_header({str(tmp_path / 'm.safetensors')!r}); assert h.shapes == {{'a': (2, 3)}} and h.metadata['k'] == 'v';"
+        f"h = read_header({str(tmp_path / 'm.safetensors')!r});"
+        "assert h.shapes == {'a': (2, 3)} and h.metadata['k'] == 'v';"
         f"detect.inspect({str(tmp_path / 'm.safetensors')!r});"
         "assert not {'torch', 'numpy', 'safetensors'} & set(sys.modules)"
     )

@@ -1,6 +1,6 @@
-"""Data sets built by hand for the tests of loading: pictures on disk, a record table, and a tokenizer without a model."""
+"""Data sets built by hand for the tests of loading: pictures on disk, a record table, a tokenizer without a model."""
 
-import os
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -44,21 +44,21 @@ def table_of(rows):
     folders, numbers = [], {}
 
     def folder(path):
-        parent = os.path.dirname(str(path))
+        parent = str(Path(path).parent)
         if parent not in numbers:
             numbers[parent] = len(folders)
-            folders.append((parent, os.path.basename(parent)))
+            folders.append((parent, Path(parent).name))
         return numbers[parent]
 
     def column(name, default, dtype):
         return np.array([row.get(name, default) for row in rows], dtype)
 
-    stats = [os.stat(row["path"]) if os.path.exists(row["path"]) else None for row in rows]
+    stats = [Path(row["path"]).stat() if Path(row["path"]).exists() else None for row in rows]
     masks = [row.get("mask_path") for row in rows]
     columns = Columns(
-        names=TextColumn.of([os.path.basename(str(row["path"])) for row in rows]),
+        names=TextColumn.of([Path(row["path"]).name for row in rows]),
         captions=TextColumn.of([row.get("caption", "a photo") for row in rows]),
-        mask_names=TextColumn.of([os.path.basename(str(mask)) if mask else "" for mask in masks]),
+        mask_names=TextColumn.of([Path(mask).name if mask else "" for mask in masks]),
         folders=np.array([folder(row["path"]) for row in rows], np.int32),
         mask_folders=np.array([folder(mask) if mask else -1 for mask in masks], np.int32),
         widths=np.array([row["size_wh"][0] for row in rows], np.int32),

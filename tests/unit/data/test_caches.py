@@ -3,6 +3,7 @@ import random
 import struct
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,9 +122,9 @@ def test_layout_is_that_of_current_peers(tmp_path):
 def test_equal_content_gives_equal_bytes(tmp_path):
     need = make_need(tmp_path)
     path, _ = write(need)
-    first = open(path, "rb").read()
+    first = Path(path).read_bytes()
     write(need)
-    assert open(path, "rb").read() == first
+    assert Path(path).read_bytes() == first
 
 
 def test_several_sizes_share_a_file(tmp_path):
@@ -264,7 +265,7 @@ def test_values_that_are_not_finite_are_never_written(tmp_path):
 def test_garbage_is_unreadable(tmp_path, content):
     need = make_need(tmp_path)
     path = cache_path(need.record, RULES)
-    open(path, "wb").write(content)
+    Path(path).write_bytes(content)
     assert reason(need) == caches.UNREADABLE
     with pytest.raises(BrokenCache, match="unreadable"):
         read_latents(path, need.shape)
@@ -275,22 +276,22 @@ def test_garbage_is_unreadable(tmp_path, content):
 def test_every_truncation_is_noticed_at_the_start(tmp_path):
     need = make_need(tmp_path, flip=True)
     path, _ = write(need)
-    whole = open(path, "rb").read()
+    whole = Path(path).read_bytes()
     for cut in sorted(random.Random(0).sample(range(len(whole)), 64)):
-        open(path, "wb").write(whole[:cut])
+        Path(path).write_bytes(whole[:cut])
         assert reason(need) == caches.UNREADABLE
 
 
 def test_flipped_bits_never_reach_training(tmp_path):
     need = make_need(tmp_path)
     path, arrays = write(need)
-    whole = open(path, "rb").read()
+    whole = Path(path).read_bytes()
     rng = random.Random(1)
     refused = 0
     for _ in range(200):
         data = bytearray(whole)
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        open(path, "wb").write(data)
+        Path(path).write_bytes(data)
         check_file(path, need, RULES, VAE)
         try:
             found = read_latents(path, need.shape)
@@ -336,10 +337,10 @@ def test_declared_sizes_are_checked_before_reading(tmp_path):
 def test_a_broken_neighbour_does_not_survive_a_rewrite(tmp_path):
     small, large = make_need(tmp_path), make_need(tmp_path, bucket_wh=(128, 96))
     path, arrays = write(small)
-    data = bytearray(open(path, "rb").read())
+    data = bytearray(Path(path).read_bytes())
     place = data.find(arrays["latents"].tobytes()[:16])
     data[place] ^= 1
-    open(path, "wb").write(data)
+    Path(path).write_bytes(data)
     assert reason(small) is None, "the quick check reads no data"
     write(large)
     assert reason(large) is None and reason(small) == caches.OTHER_RESOLUTION

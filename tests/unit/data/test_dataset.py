@@ -1,5 +1,6 @@
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def test_a_batch_of_pictures(tmp_path):
     data = training_data(some_pictures(tmp_path), [bucketed(tmp_path)])
     batch = data.dataset(0, 10)[key_of([0, 3], step=4)]
     assert batch.pixels.shape == (2, 3, 48, 80) and batch.pixels.dtype == torch.float32
-    assert -1 <= batch.pixels.min() and batch.pixels.max() <= 1
+    assert batch.pixels.min() >= -1 and batch.pixels.max() <= 1
     assert batch.latents is None and batch.mask is None and batch.token_weights is None
     assert batch.captions == ("picture 0, red, blue", "picture 3, red, blue")
     assert batch.record_keys == (f"{tmp_path.name}/00.png", f"{tmp_path.name}/03.png")
@@ -390,13 +391,11 @@ def test_memory_is_shared_by_path_and_by_pickle(tmp_path):
 
 
 def test_memory_files_do_not_outlive_their_owner(tmp_path):
-    import os
-
     memory = LatentMemory.create(np.array([100, 0, 8]), str(tmp_path))
-    path = memory.path
-    assert os.path.getsize(path) == 108 and memory.slot(2).nbytes == 8
+    path = Path(memory.path)
+    assert path.stat().st_size == 108 and memory.slot(2).nbytes == 8
     del memory
-    assert not os.path.exists(path) and list(tmp_path.iterdir()) == []
+    assert not path.exists() and list(tmp_path.iterdir()) == []
 
 
 # Whole data

@@ -110,7 +110,7 @@ def test_pillow_names_what_a_file_is(tmp_path):
         (b"<!DOCTYPE html><html>", "HTML"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git-LFS"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "PostScript"),
-        (image_bytes()[:20], "damaged"),
+        (image_bytes()[:20], "Truncated"),
     ]:
         path.write_bytes(content)
         with pytest.raises(BadHeader, match=words):

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_waiting_is_counted(data, monkeypatch):
 
 
 def test_replacements_are_counted_and_told(data, caplog):
-    os.remove(data.table.path(0))
+    Path(data.table.path(0)).unlink()
     batches = planned(data, length_of(data, data.batch_count()))
     contents(batches)
     assert batches.replaced == 1
@@ -114,7 +115,7 @@ def test_replacements_are_counted_and_told(data, caplog):
 
 def test_an_empty_data_folder_ends_the_run(data):
     for row in range(len(data.table)):
-        os.remove(data.table.path(row))
+        Path(data.table.path(row)).unlink()
     with pytest.raises(UserError, match=r"20 batches in a row.*No such file"):
         contents(planned(data, length_of(data, 100)))
 
@@ -225,8 +226,6 @@ if __name__ == "__main__":
 
 
 def test_signals_to_the_group_leave_workers_alive(tmp_path):
-    from pathlib import Path
-
     here = Path(__file__).parent
     script = tmp_path / "run.py"
     (tmp_path / "data").mkdir()

@@ -1,6 +1,7 @@
 """Scanning folders of images with caption files."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,12 +135,11 @@ def test_strange_names(tmp_path):
     for name in names:
         write_image(tmp_path / "1_x" / name, caption=f"caption of {name!r}")
     raw = os.fsencode(tmp_path / "1_x") + b"/\xff\xfe.png"
-    with open(raw, "wb") as file:
-        file.write(image_bytes())
+    Path(os.fsdecode(raw)).write_bytes(image_bytes())
     result = scan(train_data_dir=str(tmp_path))
     paths = {record.path for record in result.table}
     assert paths == {str(tmp_path / "1_x" / name) for name in names} | {os.fsdecode(raw)}
-    assert all(os.path.exists(path) for path in paths)
+    assert all(Path(path).exists() for path in paths)
     assert captions_of(result)["😀.png"] == "caption of '😀.png'"
     assert printable(os.fsdecode(b"\xff.png")) == "\\xff.png"
     assert printable("a\nb") == "a\\nb"
@@ -205,7 +205,8 @@ def test_validation_per_subset_and_the_same_at_every_resolution(tmp_path):
 
 
 def masked(tmp_path, **options):
-    body = f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{tmp_path / 'i'}'\nconditioning_data_dir = '{tmp_path / 'm'}'\n"
+    images, masks = tmp_path / "i", tmp_path / "m"
+    body = f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{images}'\nconditioning_data_dir = '{masks}'\n"
     return scan(dataset_config=config(tmp_path, body), masked_loss=True, min_bucket_reso=64, **options)
 
 

@@ -36,7 +36,10 @@ def work(rank, folder):
     except StopTraining as stop:
         log.append(str(stop))
     torch.save((log, module.module.weight.detach().clone()), f"{folder}/{rank}.pt")
+    distributed.barrier()
+    del stepper, built, module  # before the threads that they use
     distributed.destroy_process_group()
+    os._exit(0)  # threads of gloo may abort an ordinary exit
 
 
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs gloo")
