@@ -1,7 +1,7 @@
 """A first training, without any preparation.
 
-    python quickstart.py                                                      a tiny random model, pictures from examples/
-    python quickstart.py --model M --images DIR --prompt "sks dog"            your model and your pictures
+python quickstart.py                                                      a tiny random model, pictures from examples/
+python quickstart.py --model M --images DIR --prompt "sks dog"            your model and your pictures
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Latent caching: how full VAE batches are for assorted shapes, and its speed against the bare VAE on the same batches."""
+"""Latent caching: how full VAE batches are for assorted shapes, and the speed against the bare VAE on those batches."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ def main() -> None:
             "min_bucket_reso": 64,
         }
         try:
-            train_db.main([*(f"--{key}={value}" for key, value in options.items()), "--cache_latents", "--enable_bucket"])
+            train_db.main(
+                [*(f"--{key}={value}" for key, value in options.items()), "--cache_latents", "--enable_bucket"]
+            )
         except SystemExit as end:
             if end.code:
                 raise

@@ -1,7 +1,7 @@
 """What a training step costs beyond its arithmetic.
 
-Compares the toolkit's whole step (loader, noise, loss, clipping, optimizer, bookkeeping) with U-Net and text encoder forward,
-backward and fused AdamW on tensors already in memory. `--size full` is SD 1.5 in float32 with 256x256 pictures;
+Compares the toolkit's whole step (loader, noise, loss, clipping, optimizer, bookkeeping) with U-Net and text encoder
+forward, backward and fused AdamW on tensors already in memory. `--size full` is SD 1.5 in float32 with 256x256 pictures;
 `--size tiny` keeps all layers with few channels at 64 pixels: the time that one CPU thread needs to issue a step.
 """
 
@@ -138,7 +138,10 @@ def main() -> None:
     limit = 1.15 if args.size == "tiny" else 1.03
     rows = [{"what": "bare loop", "cpu_s_per_step": bare, "ratio": 1.0, "limit": ""}]
     rows.append({"what": "train_db.py", "cpu_s_per_step": ours, "ratio": ours / bare, "limit": limit})
-    rows += [{"what": f"  {name}", "cpu_s_per_step": value, "ratio": value / bare, "limit": ""} for name, value in parts.items()]
+    rows += [
+        {"what": f"  {name}", "cpu_s_per_step": value, "ratio": value / bare, "limit": ""}
+        for name, value in parts.items()
+    ]
     report(f"step_overhead_{args.size}", rows, args.output)
 
 

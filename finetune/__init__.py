@@ -1,0 +1,1 @@
+"""Tools that prepare data for fine-tuning."""

@@ -105,7 +105,10 @@ class BatchKey:
 
 @dataclass(slots=True)
 class Sample:
-    """One image loaded for one visit. Arrays are numpy: pixels [3,H,W] in [-1,1], latents [C,h,w], mask [H,W] in [0,1]."""
+    """One image loaded for one visit.
+
+    Arrays are numpy: pixels [3,H,W] in [-1,1], latents [C,h,w], mask [H,W] in [0,1].
+    """
 
     key: SampleKey
     record_key: str

@@ -119,7 +119,12 @@ def _dataset(folders: Sequence[tuple[Path, str]], *, size: int, batch_size: int,
     lines += [f"resolution = {size}", f"batch_size = {batch_size}", "enable_bucket = true"]
     lines += [f"min_bucket_reso = {size // 2}", f"max_bucket_reso = {size * 2}"]
     for folder, words in folders:
-        lines += ["", "  [[datasets.subsets]]", f"  image_dir = {_toml(str(folder))}", f"  class_tokens = {_toml(words)}"]
+        lines += [
+            "",
+            "  [[datasets.subsets]]",
+            f"  image_dir = {_toml(str(folder))}",
+            f"  class_tokens = {_toml(words)}",
+        ]
         lines += [f"  num_repeats = {repeats}"]
     return "\n".join([*lines, ""])
 
@@ -160,7 +165,9 @@ def _environment() -> dict[str, str]:
 
 def _tell(options: QuickstartOptions, output: Path) -> None:
     """Print what was made, where, and how to do the same with one's own model."""
-    made = sorted(path for path in output.glob("quickstart*") if path.suffix in (".safetensors", ".ckpt") or path.is_dir())
+    made = sorted(
+        path for path in output.glob("quickstart*") if path.suffix in (".safetensors", ".ckpt") or path.is_dir()
+    )
     pictures = sorted((output / "sample").glob("*.png"))
     lines = ["", "Done. What was made:"]
     lines += [f"  trained model     {path}" for path in made]

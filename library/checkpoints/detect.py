@@ -6,6 +6,7 @@ Light for safetensors files and Diffusers folders (headers and JSON only); a pic
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import struct
 from collections.abc import Callable, Mapping
@@ -115,7 +116,7 @@ def classify(
     prediction = _declared_prediction(shapes, metadata)
     hint = None
     if family == "sd2" and prediction is None and bias is not None and _HEURISTIC_NAME in shapes:
-        values = bias()
+        values = [value for value in bias() if math.isfinite(value)]
         hint = "v_prediction" if len(values) > 1 and statistics.pstdev(values) > _HEURISTIC_LIMIT else "epsilon"
     return CheckpointInfo(
         path=path,

@@ -65,7 +65,7 @@ def _component_files(names: Sequence[str], prefix: str) -> list[str]:
 def _is_complete(folder: Path) -> bool:
     names = [item.relative_to(folder).as_posix() for item in folder.rglob("*") if item.is_file()]
     wanted = wanted_files(names)
-    if "model_index.json" in names and not all(f"{part}/config.json" in wanted for part in _COMPONENTS):
+    if "model_index.json" in names and not all(_component_files(names, f"{part}/") for part in _COMPONENTS):
         return False
     indexes = [folder / name for name in wanted if name.endswith(".json") and ".index." in name]
     return bool(wanted) and all((index.parent / shard).is_file() for index in indexes for shard in _shards(index))

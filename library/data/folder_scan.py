@@ -131,6 +131,7 @@ def scan_folder(
     *,
     wanted: Sequence[str] | None = None,
     known: Mapping[str, Known] | None = None,
+    listing: FolderListing | None = None,
 ) -> FolderScan:
     """Read a folder.
 
@@ -139,12 +140,13 @@ def scan_folder(
         settings: How to read it.
         wanted: Names of the images that matter; None for all.
         known: Facts from elsewhere by name.
+        listing: What is in the folder, if that is known.
 
     Raises:
         OSError: The folder cannot be listed.
     """
     started_ns, started = time.time_ns(), time.monotonic()
-    listing = list_folder(folder)
+    listing = listing or list_folder(folder)
     names = listing.images
     bad = list(listing.bad)
     if wanted is None:

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -71,7 +71,7 @@ class PlannedBatches:
         self.replaced = 0
         self._blank = 0
 
-    def iterate(self, start: Position) -> Iterator[Batch]:
+    def iterate(self, start: Position) -> Generator[Batch, None, None]:
         """Yield micro-batches from `start` to the last update of the run, over all epochs in between.
 
         Close the iterator (or exhaust it) to stop workers and threads.

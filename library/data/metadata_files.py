@@ -15,7 +15,7 @@ from library.errors import Problem, UserError
 
 MAX_BYTES = 4 << 30
 _TEXT_KEYS = ("caption", "tags")
-_SIZE_KEYS = ("image_size", "train_resolution")
+_KEYS = frozenset((*_TEXT_KEYS, "image_size", "train_resolution"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,14 @@ def read_metadata(path: str) -> list[MetadataEntry]:
     """
     text = read_text(path, MAX_BYTES)
     problems: list[Problem] = []
-    pairs = _json_lines(text, path) if Path(path).suffix.lower() == ".jsonl" else _json_object(text, path)
-    entries = [entry for where, key, value in pairs if (entry := _entry(where, key, value, problems)) is not None]
+    triples = _json_lines(text, path) if Path(path).suffix.lower() == ".jsonl" else _json_object(text, path)
+    entries = []
+    for place, key, value in triples:
+        wrong: list[tuple[str, str]] = []
+        entry = _entry(key, value, wrong)
+        if entry is not None:
+            entries.append(entry)
+        problems += [Problem(f"{path}: {place or printable(key)}{field}", what) for field, what in wrong]
     if problems:
         more = len(problems) - SHOWN
         rest = [Problem(path, f"{more} more entries are wrong")] if more > 0 else []
@@ -65,7 +71,7 @@ def _json_object(text: str, path: str) -> Iterator[tuple[str, str, Any]]:
         kind = "a list" if isinstance(table, list) else type(table).__name__
         raise UserError(f"the top level is {kind}", 'Expected {"image name": {"caption": "..."}, ...}.', where=path)
     for key, value in table.items():
-        yield f"{path}: {printable(key)}", key, value
+        yield "", key, value
 
 
 def _json_lines(text: str, path: str) -> Iterator[tuple[str, str, Any]]:
@@ -81,29 +87,30 @@ def _json_lines(text: str, path: str) -> Iterator[tuple[str, str, Any]]:
         if key in seen:
             raise UserError(f"image_path {key!r} occurs twice", "Remove one.", where=where)
         seen.add(key)
-        yield where, key, value
+        yield f"line {number}", key, value
 
 
-def _entry(where: str, key: str, value: Any, problems: list[Problem]) -> MetadataEntry | None:
+def _entry(key: str, value: Any, wrong: list[tuple[str, str]]) -> MetadataEntry | None:
+    """Return one entry; what is wrong with it is added as (field, words)."""
     if not isinstance(value, dict):
-        problems.append(Problem(where, f"must be an object, not {_short(value)}"))
+        wrong.append(("", f"must be an object, not {_short(value)}"))
         return None
     if not key or "\0" in key:
-        problems.append(Problem(where, f"{key!r} is no file name"))
+        wrong.append(("", f"{key!r} is no file name"))
         return None
     fields: dict[str, Any] = {}
-    for name in _TEXT_KEYS:
-        text = value.get(name)
-        if isinstance(text, str):
-            fields[name] = clean_caption(text)[0]
-        elif text is not None:
-            problems.append(Problem(f"{where}.{name}", f"must be text, not {_short(text)}"))
-    for name in _SIZE_KEYS:
-        size = as_size(value.get(name))
-        if size is not None:
+    for name, field in value.items():
+        if field is None or name not in _KEYS:
+            continue
+        if name in _TEXT_KEYS:
+            if isinstance(field, str):
+                fields[name] = clean_caption(field)[0]
+            else:
+                wrong.append((f".{name}", f"must be text, not {_short(field)}"))
+        elif (size := as_size(field)) is not None:
             fields[name] = size
-        elif value.get(name) is not None:
-            problems.append(Problem(f"{where}.{name}", f"must be [width, height], not {_short(value[name])}"))
+        else:
+            wrong.append((f".{name}", f"must be [width, height], not {_short(field)}"))
     return MetadataEntry(key, **fields)
 
 
@@ -111,9 +118,10 @@ def as_size(value: Any) -> tuple[int, int] | None:
     """Return `[width, height]` of a JSON file as a pair, None when it is anything else."""
     if not isinstance(value, list) or len(value) != 2:
         return None
-    if not all(isinstance(side, int) and not isinstance(side, bool) and 0 < side < 1 << 31 for side in value):
+    width, height = value
+    if type(width) is not int or type(height) is not int or not (0 < width < 1 << 31 and 0 < height < 1 << 31):
         return None
-    return value[0], value[1]
+    return width, height
 
 
 def _short(value: Any) -> str:

@@ -52,10 +52,11 @@ class _Folder:
     by_stem: dict[str, list[str]] = field(default_factory=dict)
     caches: dict[str, tuple[int, int] | None] = field(default_factory=dict)
     old_caches: set[str] = field(default_factory=set)
+    listing: FolderListing | None = None
 
     @classmethod
     def of(cls, listing: FolderListing, cache_pattern: re.Pattern[str]) -> _Folder:
-        folder = cls(set(listing.images))
+        folder = cls(set(listing.images), listing=listing)
         for name in listing.images:
             folder.by_stem.setdefault(name[: name.rfind(".")], []).append(name)
         for name in listing.others:
@@ -101,7 +102,7 @@ def scan_metadata(
         else:
             scan.located.append(place)
     scan.resolutions = _fixed_resolutions(scan.located, finder)
-    _scan_folders(scan, settings, trust_sizes)
+    _scan_folders(scan, settings, trust_sizes, finder)
     return scan
 
 
@@ -113,7 +114,8 @@ class _Finder:
         self._folders: dict[str, _Folder] = {}
         size = r"_(?P<width>\d{2,})x(?P<height>\d{2,})"
         self._pattern = re.compile(rf"(?P<stem>.+){size}{re.escape(latent_suffix)}\.npz", re.DOTALL)
-        self._suffixes = sorted(image_suffixes())
+        self._suffixes = image_suffixes()
+        self._inside: dict[str, str] = {}
 
     def folder(self, path: str) -> _Folder:
         """Return the names in a folder, nothing when it cannot be listed."""
@@ -151,12 +153,15 @@ class _Finder:
         if os.path.isabs(key):  # noqa: PTH117
             yield os.path.split(key)
             return
-        escapes = ".." in re.split(r"[/\\]", key)
+        head, name = os.path.split(key)
         if self._image_dir is not None:
-            if escapes:
+            if ".." in key and ".." in re.split(r"[/\\]", key):
                 return
-            yield os.path.split(os.path.join(self._image_dir, key))  # noqa: PTH118
-        yield os.path.split(key)
+            folder = self._inside.get(head)
+            if folder is None:
+                folder = self._inside[head] = os.path.join(self._image_dir, head) if head else self._image_dir  # noqa: PTH118
+            yield folder, name
+        yield head, name
 
     def _with_suffix(self, names: _Folder, name: str) -> str | None:
         found = names.by_stem.get(name)
@@ -193,7 +198,7 @@ def _fixed_resolutions(located: Iterable[Located], finder: _Finder) -> tuple[tup
     return tuple(sorted(found)) or None
 
 
-def _scan_folders(scan: MetadataScan, settings: FolderSettings, trust_sizes: bool) -> None:
+def _scan_folders(scan: MetadataScan, settings: FolderSettings, trust_sizes: bool, finder: _Finder) -> None:
     wanted: dict[str, dict[str, Known]] = {}
     for place in scan.located:
         if place.cached_wh is None:
@@ -202,5 +207,5 @@ def _scan_folders(scan: MetadataScan, settings: FolderSettings, trust_sizes: boo
             wanted.setdefault(place.folder, {})[place.name] = Known(header)
     for folder, names in wanted.items():
         known = names if trust_sizes else None
-        result = scan_folder(folder or ".", settings, wanted=list(names), known=known)
-        scan.folders[folder] = result
+        listing = finder.folder(folder).listing
+        scan.folders[folder] = scan_folder(folder or ".", settings, wanted=list(names), known=known, listing=listing)

@@ -129,31 +129,25 @@ def _note_files(scan: FolderScan, extension: str | None, notes: ScanNotes, exif:
 
 def rows_of_metadata(subset: SubsetSpec, scan: MetadataScan, notes: ScanNotes, *, exif: bool) -> SubsetRows:
     """Return the rows of a subset that is a metadata file, in the order of the file."""
-    rows = {
-        (folder, name): row for folder, result in scan.folders.items() for row, name in enumerate(result.facts.names)
-    }
+    facts = {folder: _by_name(result.facts) for folder, result in scan.folders.items()}
     numbers = {folder: number for number, folder in enumerate(dict.fromkeys(place.folder for place in scan.located))}
     places: list[Located] = []
-    headers: list[tuple[int, int, int]] = []
-    stats: list[tuple[int, int]] = []
+    found: list[tuple[list[int], list[int]]] = []
     for place in scan.located:
-        row = rows.get((place.folder, place.name))
-        if row is not None:
-            facts = scan.folders[place.folder].facts
-            headers.append(tuple(facts.headers[row].tolist()))
-            stats.append(tuple(facts.stats[row, :2].tolist()))
-        elif place.cached_wh is not None:
-            headers.append((*place.cached_wh, 1))
-            stats.append((0, 0))
+        if place.cached_wh is not None:
+            fact = ([*place.cached_wh, 1], [0, 0, 0])
         else:
-            continue  # Its file is among the bad ones of the folder.
+            fact = facts[place.folder].get(place.name, _NO_FACT)
+            if fact is _NO_FACT:
+                continue  # Its file is among the bad ones of the folder.
+        found.append(fact)
         places.append(place)
     captions = [place.entry.full_caption(subset.caption_separator, subset.enable_wildcard) for place in places]
     source = _Source(
         names=TextColumn.of([place.name for place in places]),
         captions=TextColumn.of(captions),
-        headers=np.array(headers, np.int32).reshape(-1, 3),
-        stats=np.array(stats, np.int64).reshape(-1, 2),
+        headers=np.array([header for header, _stats in found], np.int32).reshape(-1, 3),
+        stats=np.array([stats for _header, stats in found], np.int64).reshape(-1, 3),
         folders=np.fromiter((numbers[place.folder] for place in places), np.int32, len(places)),
         folder_list=[(folder, _nested_key(folder, subset.image_dir)) for folder in numbers],
     )
@@ -165,6 +159,15 @@ def rows_of_metadata(subset: SubsetSpec, scan: MetadataScan, notes: ScanNotes, *
             turned = np.flatnonzero(result.facts.headers[:, 2] > 1)
             notes.add("turned", len(turned), (result.facts.names[row] for row in turned))
     return SubsetRows(subset, _table(source, subset, exif), bad, scan.total)
+
+
+_NO_FACT: tuple[list[int], list[int]] = ([], [])
+
+
+def _by_name(facts: FolderFacts) -> dict[str, tuple[list[int], list[int]]]:
+    """Return (header, stats) of every image of a folder by its name."""
+    pairs = zip(facts.headers.tolist(), facts.stats.tolist(), strict=True)
+    return dict(zip(facts.names, pairs, strict=True))
 
 
 def _nested_key(folder: str, image_dir: str | None) -> str:

@@ -82,7 +82,9 @@ class _Encoder:
                 latents, flipped = self.encode(inputs)
                 for index, item in enumerate(inputs):
                     mirrored = None if flipped is None else flipped[index]
-                    writing.append(writer.submit(self.data.store_latents, item.row, latents[index], mirrored, item.mask))
+                    writing.append(
+                        writer.submit(self.data.store_latents, item.row, latents[index], mirrored, item.mask)
+                    )
                 while len(writing) > 4 * len(inputs):
                     writing.popleft().result()
                 bar.update(len(inputs))
@@ -106,9 +108,7 @@ class _Encoder:
         return self.family.encode_latents(pixels, noise.to(device)).cpu().numpy()
 
 
-def _read_ahead(
-    pool: ThreadPoolExecutor, data: TrainingData, batches: list[list[int]]
-) -> Iterator[list[LatentInput]]:
+def _read_ahead(pool: ThreadPoolExecutor, data: TrainingData, batches: list[list[int]]) -> Iterator[list[LatentInput]]:
     """Yield the decoded inputs of each batch while the next ones are being read."""
     ahead: deque[list[Future[LatentInput]]] = deque()
     for rows in batches:

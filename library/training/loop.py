@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Generator
+from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING
 
@@ -59,7 +59,8 @@ class Loop:
             logger.info("nothing to do: all %d updates of this run are done", total)
         elif self.sampler.wants_first(self.position.step):
             self._sample()
-        with closing(self.training.loader.iterate(self.position)) as batches:
+        batches = self.training.loader.iterate(self.position)
+        with closing(batches):
             try:
                 while self.position.step < total:
                     self._update(batches)
@@ -76,7 +77,7 @@ class Loop:
         if self.training.uploader is not None:
             self.training.uploader.close()
 
-    def _update(self, batches: Generator[Batch, None, None]) -> None:
+    def _update(self, batches: Iterator[Batch]) -> None:
         """One optimizer update: its micro-batches on this rank, then the step."""
         training = self.training
         if training.method.enter_step(self.position.step):

@@ -15,7 +15,6 @@ from library.checkpoints.save import is_folder_kind, save_kind
 from library.option_groups import metadata_values
 
 if TYPE_CHECKING:
-    from library.data.dataset import TrainingData
     from library.models.family import ModelFamily
     from library.training.options import TrainingOptions
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 if TYPE_CHECKING:
     from library.training.methods.base import Method
@@ -39,15 +38,11 @@ def _averaged_weights(method: Method, built: BuiltOptimizer) -> Iterator[None]:
         return
     parameters = [parameter for part in method.parts().values() for parameter in part.parameters()]
     kept = [parameter.detach().clone() for parameter in parameters]
-    built.optimizer.eval()
+    optimizer: Any = built.optimizer
+    optimizer.eval()
     try:
         yield
     finally:
-        built.optimizer.train()
+        optimizer.train()
         for parameter, before in zip(parameters, kept, strict=True):
             parameter.detach().copy_(before)
-
-
-def trained_parameters(modules: nn.ModuleDict) -> list[nn.Parameter]:
-    """Return the parameters of `modules` that receive gradients."""
-    return [parameter for parameter in modules.parameters() if parameter.requires_grad]

@@ -89,11 +89,17 @@ class Run:
     def __enter__(self) -> Run:
         _report_world_size(self.world_size)
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        if self.is_main:
-            clean_litter(self.output_dir)
-            name = self.opts.save.output_name or "last"
-            self._cleanup.enter_context(LockFile(self.output_dir / f".{name}.lock"))
-        self._cleanup.enter_context(self.stop)
+        with ExitStack() as opened:
+            if self.is_main:
+                clean_litter(self.output_dir)
+                name = self.opts.save.output_name or "last"
+                opened.enter_context(LockFile(self.output_dir / f".{name}.lock"))
+            opened.enter_context(self.stop)
+            self._begin()
+            self._cleanup = opened.pop_all()
+        return self
+
+    def _begin(self) -> None:
         _set_determinism(self.opts.length.deterministic)
         if self.device.type == "cuda":
             allow_tf32(not self.opts.length.deterministic)
@@ -101,7 +107,6 @@ class Run:
         self.seed = self._resolve_seed()
         # Nothing of ours draws from the global generator; third-party code may.
         torch.manual_seed(self.seed)
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

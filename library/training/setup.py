@@ -115,9 +115,7 @@ def set_up(run: Run, family: ModelFamily, method: Method, data: TrainingData, op
         seed=run.seed,
     )
     pin = run.device.type == "cuda"
-    loader = PlannedBatches(
-        data, begin.length, rank=run.rank, seed=run.seed, loader=opts.loader, pin_memory=pin
-    )
+    loader = PlannedBatches(data, begin.length, rank=run.rank, seed=run.seed, loader=opts.loader, pin_memory=pin)
     training = Training(
         run=run,
         family=family,
@@ -179,9 +177,7 @@ def make_saver(training: Training, data: TrainingData, position: Any) -> Saver:
 def make_sampler(training: Training) -> SampleImages:
     """Return what draws sample pictures."""
     run, opts = training.run, training.opts
-    renderer = DiffusionRenderer(
-        training.family, autocast=run.autocast, zero_terminal_snr=opts.noise.zero_terminal_snr
-    )
+    renderer = DiffusionRenderer(training.family, autocast=run.autocast, zero_terminal_snr=opts.noise.zero_terminal_snr)
     return SampleImages(
         opts.sample,
         opts.save,

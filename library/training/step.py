@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from library.training.methods.base import Method
     from library.training.objective import DDPMObjective
 
-LossFunction = "Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]"
-
 
 class Autocast:
     """Enters mixed precision for the parts that want it; losses, targets and a float32 VAE stay outside."""
@@ -62,7 +60,11 @@ class TrainStep(nn.Module):
         device = batch.loss_weight.device
         draws = Draws(self.seed, batch.key.step_key, batch.size, device)
         with torch.no_grad():
-            latents = batch.latents if batch.latents is not None else family.encode_images(batch.pixels, draws)
+            latents = batch.latents
+            if latents is None and batch.pixels is not None:
+                latents = family.encode_images(batch.pixels, draws)
+            if latents is None:
+                raise ValueError("a batch needs latents or pixels")
             noised = objective.noise(family.scale_latents(latents.float()), draws)
         with self.autocast():
             condition = method.condition(batch, draws)

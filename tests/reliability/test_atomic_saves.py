@@ -180,7 +180,9 @@ class TestKills:
         for _ in range(20):
             time.sleep(0.01)
             if target.exists():
-                assert any(complete("write_safetensors", target, version) for version in (1, 2))
+                seen = tmp_path / "seen"
+                seen.write_bytes(target.read_bytes())
+                assert any(complete("write_safetensors", seen, version) for version in (1, 2))
         for child in children:
             assert child.kill() == -signal.SIGKILL
 

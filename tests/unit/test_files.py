@@ -199,6 +199,58 @@ class TestAtomicFolder:
         assert names(tmp_path) == ["s"]
 
 
+class TestOrder:
+    @pytest.fixture
+    def events(self, monkeypatch):
+        """Record synchronizations and renames, in order."""
+        seen = []
+        real_sync, real_replace, real_rename = os.fsync, Path.replace, Path.rename
+
+        def fsync(descriptor):
+            seen.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+            real_sync(descriptor)
+
+        def replace(path, target):
+            seen.append(("rename", Path(target).name))
+            return real_replace(path, target)
+
+        def rename(path, target):
+            seen.append(("rename", Path(target).name))
+            return real_rename(path, target)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        monkeypatch.setattr(Path, "replace", replace)
+        monkeypatch.setattr(Path, "rename", rename)
+        return seen
+
+    def test_a_file_is_on_disk_before_it_gets_its_name_and_the_name_afterwards(self, tmp_path, events):
+        files.write_text(tmp_path / "a", "x")
+        assert [kind for kind, _ in events] == ["sync", "rename", "sync"]
+        assert events[0][1].startswith(".a.tmp-")
+        assert events[1:] == [("rename", "a"), ("sync", tmp_path.name)]
+
+    def test_a_file_that_can_be_made_again_is_not_waited_for(self, tmp_path, events):
+        with atomic_file(tmp_path / "a", sync=False) as temporary:
+            temporary.write_text("x")
+        assert events == [("rename", "a")]
+
+    def test_every_file_of_a_folder_is_on_disk_before_the_folder_gets_its_name(self, tmp_path, events):
+        with atomic_folder(tmp_path / "s") as temporary:
+            (temporary / "inner").mkdir()
+            (temporary / "inner" / "x").write_text("x")
+            (temporary / "y").write_text("y")
+        position = events.index(("rename", "s"))
+        assert {name for kind, name in events[:position] if kind == "sync"} > {"x", "y", "inner"}
+        assert events[position + 1] == ("sync", tmp_path.name)
+
+    def test_an_old_folder_leaves_after_the_new_one_is_there(self, tmp_path, events):
+        for _ in range(2):
+            with atomic_folder(tmp_path / "s") as temporary:
+                (temporary / "x").write_text("x")
+        renames = [name for kind, name in events if kind == "rename"]
+        assert [name.partition("-")[0] for name in renames[1:]] == [".s.old", "s", "..s.old"]
+
+
 class TestLitter:
     def make(self, folder, name, age=7200.0):
         path = folder / name

@@ -52,11 +52,7 @@ class FullTune:
             parameter.requires_grad_(False)
         if self.memory.gradient_checkpointing:
             self.family.enable_gradient_checkpointing()
-        self.uses_global_randomness = any(
-            isinstance(module, nn.Dropout) and module.p > 0
-            for part in self.parts().values()
-            for module in part.modules()
-        )
+        self.uses_global_randomness = has_dropout(*self.parts().values())
         self.train_mode()
 
     def parts(self) -> dict[str, nn.Module]:

@@ -1,0 +1,98 @@
+"""Folders that we save open in the newest and the oldest supported libraries, and show the same picture in both."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from library.checkpoints.load import load_parts
+from library.checkpoints.parts import SaveSettings
+from library.checkpoints.save import save_checkpoint
+from library.models.specs import stable_diffusion_family
+
+pytestmark = pytest.mark.compat
+
+CHILD = Path(__file__).with_name("load_saved_folder.py")
+ROOT = CHILD.parents[2]
+LOWEST = Path(os.environ.get("SD_LOWSET") or ROOT / ".lowset")
+LIBRARIES = {"newest": None, "oldest": LOWEST}
+CASES = {
+    "sd1": ("sd1", False, "diffusers_safetensors"),
+    "sd1 bin": ("sd1", False, "diffusers"),
+    "sd2 velocity": ("sd2", True, "diffusers_safetensors"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, tiny_sd1, tiny_sd2):
+    """Return a function: case -> (folder, single file or None) saved from a single file."""
+    folder = tmp_path_factory.mktemp("saved")
+    made = {}
+
+    def make(case):
+        if case not in made:
+            family, velocity, kind = CASES[case]
+            parts = load_parts(str(tiny_sd1 if family == "sd1" else tiny_sd2), family)
+            spec = stable_diffusion_family(family, v_prediction=velocity)
+            settings = SaveSettings(zero_terminal_snr=velocity)
+            target = save_checkpoint(folder / case, kind, parts, spec=spec, source=parts.source, settings=settings)
+            single = folder / f"{case}.safetensors"
+            save_checkpoint(single, "safetensors", load_parts(str(target), family), spec=spec)
+            made[case] = target, single
+        return made[case]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def opened(saved):
+    """Return a function: (case, libraries) -> what a program with these libraries finds in the folder."""
+    made = {}
+
+    def make(case, libraries):
+        if (case, libraries) not in made:
+            made[case, libraries] = run_child(*saved(case), LIBRARIES[libraries])
+        return made[case, libraries]
+
+    return make
+
+
+def run_child(folder, single, libraries):
+    if libraries is not None and not libraries.is_dir():
+        pytest.skip(f"the oldest supported libraries are not at {libraries} (SD_LOWSET names their folder)")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(libraries or "")}
+    command = [sys.executable, str(CHILD), str(folder), str(single)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("libraries", LIBRARIES)
+@pytest.mark.parametrize("case", CASES)
+def test_a_saved_folder_opens(opened, case, libraries):
+    found = opened(case, libraries)
+    assert found["missing"] == found["unexpected"] == []
+    assert found["equal"], "the text encoder has the saved weights"
+    family, velocity, _ = CASES[case]
+    pad = 49407 if family == "sd1" else 0
+    # "a photo of sks dog!" between the start and end tokens, as the original tokenizer numbers it.
+    assert found["ids"] == [49406, 320, 1125, 539, 48136, 1929, 256, 49407, *[pad] * 4]
+    assert found["vocabulary"] == 49408
+    assert found["prediction_type"] == ("v_prediction" if velocity else "epsilon")
+    assert found["rescaled"] is velocity
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_sets_of_libraries_draw_the_same_picture(opened, case):
+    newest, oldest = opened(case, "newest"), opened(case, "oldest")
+    assert newest["picture"] == pytest.approx(oldest["picture"], abs=1e-4)
+
+
+@pytest.mark.parametrize("libraries", LIBRARIES)
+@pytest.mark.parametrize("case", CASES)
+def test_a_single_file_draws_the_same_picture_as_its_folder(opened, case, libraries):
+    found = opened(case, libraries)
+    assert found["picture of the single file"] == pytest.approx(found["picture"], abs=1e-4)
