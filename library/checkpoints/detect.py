@@ -53,7 +53,6 @@ class CheckpointInfo:
         cross_attention_dim: width of the text features that the U-Net takes, or None.
         missing: parts that a full checkpoint has and this one lacks (``VAE``, ``text encoder``, ``U-Net``).
         ema_tensors: number of averaged weights, which are neither trained nor saved.
-        notes: remarks for the user.
     """
 
     path: Path
@@ -66,7 +65,6 @@ class CheckpointInfo:
     cross_attention_dim: int | None = None
     missing: tuple[str, ...] = ()
     ema_tensors: int = 0
-    notes: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:

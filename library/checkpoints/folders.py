@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.detect import read_json
 from library.checkpoints.tensor_files import open_tensors
@@ -27,6 +28,8 @@ SMALL_FILES = (
     "tokenizer/added_tokens.json",
     "tokenizer/tokenizer.json",
 )
+_LARGE_TABLES = ("vocab.json", "tokenizer.json", "added_tokens.json")
+_PRIVATE = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
 _MAX_SMALL = 16 * 1024**2
 _WEIGHTS = re.compile(
     r"^(diffusion_pytorch_model|model|pytorch_model)(\.[\w-]+?)??\.(safetensors|bin)(\.index(\.[\w-]+)?\.json)?$"
@@ -93,10 +96,26 @@ def _open_shards(folder: Path, index: str) -> Mapping[str, Tensor]:
 
 
 def read_small_files(root: Path, names: Iterable[str]) -> dict[str, bytes]:
-    """Read those of the named files that exist and are small, to be written into saved folders."""
+    """Read those of the named files that exist and are small, to be written into saved folders; without their paths.
+
+    Raises:
+        UserError: one of the settings files is damaged.
+    """
     found = {}
     for name in names:
         path = root / name
-        if path.is_file() and path.stat().st_size <= _MAX_SMALL:
-            found[name] = path.read_bytes()
+        if not path.is_file() or path.stat().st_size > _MAX_SMALL:
+            continue
+        settings = name.endswith(".json") and path.name not in _LARGE_TABLES
+        found[name] = as_json(without_paths(read_json(path))) if settings else path.read_bytes()
     return found
+
+
+def without_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a component without those that say where it lay on somebody's disk."""
+    return {name: value for name, value in settings.items() if name not in _PRIVATE}
+
+
+def as_json(value: Mapping[str, Any]) -> bytes:
+    """Encode a settings file as the libraries write them."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8")

@@ -15,6 +15,7 @@ from library.errors import UserError
 Shapes = Mapping[str, tuple[int, ...]]
 
 MAX_PARAMETERS = 20_000_000_000
+DIFFUSERS_VERSION = "0.35.0"
 _MAX_BLOCKS = 8
 _CHANNELS_PER_HEAD = 64
 _SD1_HEADS = 8
@@ -56,7 +57,7 @@ def scheduler_config(prediction_type: str, *, zero_terminal_snr: bool = False) -
     """
     config: dict[str, Any] = {
         "_class_name": "DDIMScheduler",
-        "_diffusers_version": "0.35.0",
+        "_diffusers_version": DIFFUSERS_VERSION,
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
         "beta_start": 0.00085,
@@ -77,7 +78,7 @@ def model_index() -> dict[str, Any]:
     """Return the `model_index.json` of a Stable Diffusion folder without safety checker."""
     return {
         "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": "0.35.0",
+        "_diffusers_version": DIFFUSERS_VERSION,
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from library.checkpoints import key_maps, model_configs
+from library.checkpoints import key_maps
 from library.checkpoints.ckpt_writer import write_ckpt
 from library.checkpoints.parts import ModelParts, SaveSettings, SourceInfo
+from library.checkpoints.save_folder import save_folder
 from library.checkpoints.tensor_files import LazyTensor, write_safetensors
-from library.files import atomic_folder, write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from library.contracts import FamilySpec
 
-_log = logging.getLogger(__name__)
-
 KINDS = ("ckpt", "safetensors", "diffusers", "diffusers_safetensors")
-_VOCABULARY = Path(__file__).parent.parent / "assets" / "clip_vocab"
 Tensors = Mapping[str, "Tensor"]
 FileTensors = dict[str, "Tensor | LazyTensor"]
 
@@ -78,7 +73,7 @@ def save_checkpoint(
     if kind not in KINDS:
         raise ValueError(f"unknown kind of checkpoint: {kind}")
     if is_folder_kind(kind):
-        _save_folder(target, parts, spec, source, settings, safetensors=kind == "diffusers_safetensors")
+        save_folder(target, kind, parts, spec, source, settings)
         return target
     tensors = file_tensors(parts, spec.name, source)
     if kind == "safetensors":
@@ -159,87 +154,3 @@ def _unused_v2(text: Tensors, saved: FileTensors, carried: Tensors) -> FileTenso
         if full not in carried:
             unused[full] = torch.ones(shape, dtype=table.dtype)
     return unused
-
-
-# Diffusers folders -------------------------------------------------------------------------------------------------
-
-
-def _save_folder(
-    target: Path,
-    parts: ModelParts,
-    spec: FamilySpec,
-    source: SourceInfo | None,
-    settings: SaveSettings,
-    *,
-    safetensors: bool,
-) -> None:
-    with atomic_folder(target) as folder:
-        for name, data in folder_files(parts, spec, source, settings).items():
-            write_bytes(folder / name, data)
-        ending = "safetensors" if safetensors else "bin"
-        weights = {
-            f"unet/diffusion_pytorch_model.{ending}": _folder_unet(parts),
-            f"vae/diffusion_pytorch_model.{ending}": parts.vae,
-            f"text_encoder/{'model' if safetensors else 'pytorch_model'}.{ending}": _folder_text(parts, source),
-        }
-        for name, tensors in weights.items():
-            options: dict[str, Any] = {"precision": settings.precision, "require_finite": not settings.allow_nan}
-            if safetensors:
-                write_safetensors(folder / name, tensors, {"format": "pt"}, **options)
-            else:
-                write_ckpt(folder / name, tensors, None, **options)
-
-
-def _folder_unet(parts: ModelParts) -> Tensors:
-    """Return the U-Net's tensors with projections in the shape that its configuration asks for."""
-    rule = key_maps.as_matrix if parts.unet_config.get("use_linear_projection") else key_maps.as_kernel
-    return {name: rule(tensor) if key_maps.is_projection(name) else tensor for name, tensor in parts.unet.items()}
-
-
-def _folder_text(parts: ModelParts, source: SourceInfo | None) -> Tensors:
-    """Return the text encoder's tensors with `text_model.` names, which old and new transformers read."""
-    kept = {name: t for name, t in parts.text.items() if not key_maps.is_position_ids(name)}
-    if source is None or source.kind != "diffusers":
-        return kept
-    carried = dict(key_maps.iter_prefixed(source.carried, "text_encoder/"))
-    return {**{short: source.carried[full] for full, short in carried.items()}, **kept}
-
-
-def folder_files(
-    parts: ModelParts, spec: FamilySpec, source: SourceInfo | None, settings: SaveSettings
-) -> dict[str, bytes]:
-    """Return the small files of a Diffusers folder by path: the source's own where it has them, else the family's."""
-    files = dict(source.files) if source is not None else {}
-    latent_size = spec.default_resolution_wh[0] // spec.latent_downscale
-    own: dict[str, Any] = {"_diffusers_version": "0.35.0"}
-    unet = {"_class_name": "UNet2DConditionModel", **own, **parts.unet_config}
-    if source is None or source.kind != "diffusers":
-        unet["sample_size"] = latent_size
-        unet["upcast_attention"] = spec.name == "sd2" and spec.prediction_type == "v_prediction"
-    files["unet/config.json"] = _json(unet)
-    files["vae/config.json"] = _json({"_class_name": "AutoencoderKL", **own, **parts.vae_config})
-    text = {"architectures": ["CLIPTextModel"], **parts.text_config}
-    files["text_encoder/config.json"] = _json(text)
-    files.setdefault("model_index.json", _json(model_configs.model_index()))
-    files["scheduler/scheduler_config.json"] = _json(_scheduler(files, spec, settings))
-    if not {"tokenizer/vocab.json", "tokenizer/merges.txt"} <= set(files):
-        for name in ("vocab.json", "merges.txt"):
-            files[f"tokenizer/{name}"] = (_VOCABULARY / name).read_bytes()
-        for name, table in model_configs.tokenizer_files(spec.name).items():
-            files[f"tokenizer/{name}"] = _json(table)
-    return files
-
-
-def _scheduler(files: Mapping[str, bytes], spec: FamilySpec, settings: SaveSettings) -> dict[str, Any]:
-    fresh = model_configs.scheduler_config(spec.prediction_type, zero_terminal_snr=settings.zero_terminal_snr)
-    kept = files.get("scheduler/scheduler_config.json")
-    if kept is None:
-        return fresh
-    config = {**json.loads(kept), "prediction_type": spec.prediction_type}
-    if settings.zero_terminal_snr:
-        config.update(rescale_betas_zero_snr=True, timestep_spacing="trailing")
-    return config
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8")

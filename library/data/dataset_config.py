@@ -373,5 +373,5 @@ def _path_problems(subset: SubsetSpec, where: str) -> Iterator[Problem]:
 def _near_name(path: Path) -> str | None:
     try:
         return nearest(path.name, [entry.name for entry in path.absolute().parent.iterdir()])
-    except OSError:
+    except (OSError, ValueError):
         return None

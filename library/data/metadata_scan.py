@@ -123,7 +123,7 @@ class _Finder:
         if found is None:
             try:
                 found = _Folder.of(list_folder(path or "."), self._pattern)
-            except OSError:
+            except (OSError, ValueError):  # ValueError: characters that no file name can hold
                 found = _Folder()
             self._folders[path] = found
         return found

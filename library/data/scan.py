@@ -129,6 +129,8 @@ class _Scanner:
                 self._read_subset(subset, problems)
             except UserError as error:
                 problems.extend(error.problems)
+            except OSError as error:
+                problems.append(Problem(subset.label, error.strerror or str(error)))
         scans = [*self._folders.values()]
         scans += [scan for found in self._metadata.values() for scan in found.folders.values()]
         if not problems:
@@ -168,12 +170,7 @@ class _Scanner:
             self._info[key] = read_info_cache(folder, settings, exif=self._exif)
         if key in self._folders:
             return
-        try:
-            scan = scan_folder(folder, settings, known=self._info.get(key))
-        except OSError as error:
-            problems.append(Problem(folder, error.strerror or str(error)))
-            return
-        self._folders[key] = scan
+        scan = self._folders[key] = scan_folder(folder, settings, known=self._info.get(key))
         if not scan.total:
             problems.append(_no_images(scan))
 

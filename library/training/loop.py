@@ -18,6 +18,7 @@ from library.randomness import derive
 from library.training.observers import observe
 from library.training.setup import Training, make_sampler, make_saver, set_up
 from library.training.tracking import learning_rates, peak_memory_mb
+from library.training.validation import Validator
 
 if TYPE_CHECKING:
     from library.data.dataset import TrainingData
@@ -49,6 +50,9 @@ class Loop:
         self.position: Position = run.begin.position
         self.sampler = make_sampler(training)
         self.saver = make_saver(training, data, lambda: self.position)
+        seeds = [spec.validation_seed for spec in data.specs if spec.validation_seed is not None]
+        self.validator = Validator(run, data.validation, seed=seeds[0] if seeds else None)
+        self.waited = 0.0
         self.half_way = False
         """True between the start and the end of an optimizer step, when the weights belong to no position."""
 
@@ -125,9 +129,10 @@ class Loop:
             "loss": loss,
             "grad_norm": grad_norm,
             **learning_rates(training.rate_names, training.built.optimizer),
-            "data_wait_seconds": training.loader.wait_seconds,
+            "data_wait_seconds": training.loader.wait_seconds - self.waited,
             "peak_memory_mb": peak_memory_mb(self.run.device),
         }
+        self.waited = training.loader.wait_seconds
         ended = self.position.update_in_epoch == 0
         training.tracker.update(self.position, values, images=images * world, epoch_ended=ended)
 
@@ -146,6 +151,8 @@ class Loop:
             self._sample()
         self.saver.after_update(position, epoch_ended=epoch_ended)
         self._note_state()
+        if epoch_ended and self.validator.wanted:
+            self._validate()
 
     def _wishes(self) -> tuple[int, bool]:
         """Return the signal that any rank received (0: none), and whether any was asked to save a state."""
@@ -178,6 +185,18 @@ class Loop:
             pictures = self.sampler.run(self.position.step, self.position.epoch)
         self.training.tracker.add_pictures(self.run.ranks.gather(pictures))
         self.training.tracker.pause()
+
+    def _validate(self) -> None:
+        fault_point("val.mid")
+        training = self.training
+        with observe(training.method, training.built):
+            loss = self.validator.loss(training.step)
+        training.tracker.flush()
+        average = training.tracker.loss_average.average
+        scalars = {"loss/validation/epoch_average": loss, "loss/validation/epoch_divergence": loss - average}
+        training.tracker.write(scalars, self.position.step, epoch=self.position.epoch)
+        training.tracker.pause()
+        logger.info("epoch %d: validation loss %.5f", self.position.epoch, loss)
 
     def _rescue(self) -> None:
         """Save the state of the last whole update when something unexpected ends the run."""

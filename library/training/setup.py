@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,9 @@ class Training:
     lr_schedule: Any
     parts: StateParts
     stepper: Stepper
-    module: nn.Module
+    step: TrainStep = field(init=False)
+    module: nn.Module = field(init=False)
+    """The step, wrapped so that processes share its gradients."""
     loader: PlannedBatches
     tracker: Tracker
     uploader: Uploader | None
@@ -68,7 +70,7 @@ class Training:
 
     def wrap(self) -> None:
         """Make the step around what trains now, and share its gradients between processes."""
-        step = TrainStep(
+        self.step = TrainStep(
             self.family,
             self.method,
             self.objective,
@@ -76,7 +78,7 @@ class Training:
             seed=self.run.seed,
             autocast=self.run.autocast,
         )
-        self.module = self.run.wrap(step, may_skip_parameters=self.method.may_skip_parameters)
+        self.module = self.run.wrap(self.step, may_skip_parameters=self.method.may_skip_parameters)
 
     def info(self, position: Position, saver: Saver) -> StateInfo:
         """Return what a state says besides its tensors."""
@@ -127,7 +129,6 @@ def set_up(run: Run, family: ModelFamily, method: Method, data: TrainingData, op
         lr_schedule=lr_schedule,
         parts=parts,
         stepper=stepper,
-        module=nn.Module(),
         loader=loader,
         tracker=_make_tracker(run, opts, begin),
         uploader=_uploader(run, opts),

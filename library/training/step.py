@@ -13,7 +13,7 @@ from library.draws import Draws
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from library.contracts import Batch
+    from library.contracts import Batch, Noised
     from library.models.family import ModelFamily
     from library.training.methods.base import Method
     from library.training.objective import DDPMObjective
@@ -56,21 +56,34 @@ class TrainStep(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return (loss of the micro-batch: a scalar, per-sample loss [B], detached and unweighted)."""
+        draws = Draws(self.seed, batch.key.step_key, batch.size, batch.loss_weight.device)
+        per_sample, noised = self.losses(batch, draws)
+        self._objective[0].observe(noised, per_sample.detach())
+        weighted = per_sample * batch.loss_weight * noised.weight
+        return weighted.mean() * batch.key.share, per_sample.detach()
+
+    def losses(self, batch: Batch, draws: Draws, timestep: int | None = None) -> tuple[Tensor, Noised]:
+        """Return the loss of each sample [B], unweighted, and how it was noised.
+
+        Args:
+            batch: on the device.
+            draws: all randomness of the micro-batch.
+            timestep: one for all samples; None draws them.
+        """
         family, method, objective = self._family[0], self._method[0], self._objective[0]
-        device = batch.loss_weight.device
-        draws = Draws(self.seed, batch.key.step_key, batch.size, device)
         with torch.no_grad():
             latents = batch.latents
             if latents is None and batch.pixels is not None:
                 latents = family.encode_images(batch.pixels, draws)
             if latents is None:
                 raise ValueError("a batch needs latents or pixels")
-            noised = objective.noise(family.scale_latents(latents.float()), draws)
+            noised = objective.noise(family.scale_latents(latents.float()), draws, timestep)
         with self.autocast():
             condition = method.condition(batch, draws)
             prediction = method.predict(noised, condition, batch)
         target = method.target(noised, condition, batch)
-        per_sample = self.loss_function(prediction.float(), target.float(), batch.mask, noised.huber_c)
-        objective.observe(noised, per_sample.detach())
-        weighted = per_sample * batch.loss_weight * noised.weight
-        return weighted.mean() * batch.key.share, per_sample.detach()
+        return self.loss_function(prediction.float(), target.float(), batch.mask, noised.huber_c), noised
+
+    def validation_timesteps(self, count: int) -> tuple[int, ...]:
+        """Return `count` timesteps spread evenly over those that are trained."""
+        return self._objective[0].validation_timesteps(count)

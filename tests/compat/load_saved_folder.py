@@ -1,4 +1,4 @@
-"""Run by test_saved_folders.py with either set of libraries: opens a saved folder as any other program would."""
+"""Run by test_saved_folders.py with either set of libraries: opens saved folders as any other program would."""
 
 import json
 import sys
@@ -30,11 +30,9 @@ def report(folder, single):
         "rescaled": bool(pipeline.scheduler.config.rescale_betas_zero_snr),
         "picture": picture(pipeline),
     }
-    if single is not None:
-        from_file = StableDiffusionPipeline.from_single_file(single, config=str(folder), local_files_only=True)
-        from_file.set_progress_bar_config(disable=True)
-        found["picture of the single file"] = picture(from_file)
-    return found
+    from_file = StableDiffusionPipeline.from_single_file(single, config=str(folder), local_files_only=True)
+    from_file.set_progress_bar_config(disable=True)
+    return {**found, "picture of the single file": picture(from_file)}
 
 
 def picture(pipeline):
@@ -46,4 +44,5 @@ def picture(pipeline):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(report(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None)))
+    models = json.loads(sys.argv[1])
+    print(json.dumps({case: report(Path(folder), single) for case, (folder, single) in models.items()}))

@@ -21,6 +21,13 @@ def changed(before: dict, after: dict, prefix: str) -> bool:
     return any(not torch.equal(before[name], after[name]) for name in before if name.startswith(prefix))
 
 
+def read_log(logs: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = logs.glob("*/dreambooth/events*")
+    return EventAccumulator(str(events)).Reload()
+
+
 UNET, TEXT, VAE = "model.diffusion_model.", "cond_stage_model.", "first_stage_model."
 
 
@@ -121,10 +128,7 @@ def test_samples_and_logs_are_written(train_db, base_options, tmp_path):
     assert len(pictures) == 4
     assert pictures[0].startswith("duck_000003_00_") and pictures[0].endswith("_5.png")
     assert pictures[2].startswith("duck_e000000_00_")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    (events,) = logs.glob("*/dreambooth/events*")
-    log = EventAccumulator(str(events)).Reload()
+    log = read_log(logs)
     scalars = set(log.Tags()["scalars"])
     assert {"loss", "lr/unet", "loss/current", "loss/average"} <= scalars
     assert [event.step for event in log.Scalars("loss")] == [1, 2, 3]
@@ -149,12 +153,28 @@ def test_debug_dataset_needs_no_model_and_writes_the_report(train_db, photo_fold
     assert "http://" not in html.replace("http://www.w3.org", "") and "https://" not in html
 
 
+def test_validation_images_are_kept_apart_and_their_loss_is_logged(train_db, base_options, photo_folders, tmp_path):
+    config = tmp_path / "data.toml"
+    folder = photo_folders / "2_sks duck"
+    config.write_text(
+        f"[[datasets]]\nresolution = 64\nvalidation_split = 0.34\nvalidation_seed = 3\n"
+        f"[[datasets.subsets]]\nimage_dir = '{folder}'\n"
+    )
+    options = [option for option in base_options if not option.startswith(("--train_data_dir", "--max_train_steps"))]
+    more = [f"--dataset_config={config}", "--max_train_epochs=2", f"--logging_dir={tmp_path / 'logs'}"]
+    assert train_db(*options, *more) == 0
+    log = read_log(tmp_path / "logs")
+    losses = [event.value for event in log.Scalars("loss/validation/epoch_average")]
+    assert len(losses) == 2 and losses[0] != losses[1]
+    assert [event.step for event in log.Scalars("loss")] == [1, 2, 3, 4]
+
+
 DOCUMENTED = {
     "dreambooth": "--prior_loss_weight=1.0 --resolution=64 --train_batch_size=1 --learning_rate=1e-6 "
     "--max_train_steps=2 --use_8bit_adam --xformers --mixed_precision=bf16 --cache_latents --gradient_checkpointing",
     "aspect ratios": "--resolution=128,64 --train_batch_size=4 --learning_rate=5e-6 --max_train_steps=2 "
-    "--use_8bit_adam --xformers --mixed_precision=bf16 --save_every_n_epochs=1 --save_state --save_precision=bf16 --enable_bucket "
-    "--min_bucket_reso=64 --max_bucket_reso=192 --color_aug --flip_aug --gradient_checkpointing --seed 42",
+    "--use_8bit_adam --xformers --mixed_precision=bf16 --save_every_n_epochs=1 --save_state --save_precision=bf16 "
+    "--enable_bucket --min_bucket_reso=64 --max_bucket_reso=192 --color_aug --flip_aug --gradient_checkpointing --seed 42",
 }
 
 

@@ -118,6 +118,26 @@ def save_for_ever(writer, path):
         WRITERS[writer](path, version)
 
 
+def save_as_rank(path, rank, store):
+    """Save a state as one of two processes of a run; rank 0 meets a full disk when `SD_FAULT` says so."""
+    from datetime import timedelta
+
+    from torch import distributed
+
+    from library.contracts import Position
+    from library.training.state import Ranks, StateInfo, save_state
+
+    timeout = timedelta(seconds=60)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2, timeout=timeout)
+    try:
+        save_state(path, parts(2), StateInfo(Position(2, 0, 2), output_name="n"), Ranks.of_torch())
+    except CannotSave as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)
+    finally:
+        distributed.destroy_process_group()
+
+
 def keep_the_last(folder):
     """A run of nine updates that saves a model and a state after each and keeps the last two."""
     from pathlib import Path

@@ -204,3 +204,24 @@ class TestKills:
         assert fork_server.run("save_children:keep_the_last", [tmp_path]).returncode == 0
         assert find_state("latest", tmp_path, "n").folder.name == "n-state"
         assert (tmp_path / "n.safetensors").exists()
+
+
+class TestTwoProcesses:
+    def test_both_random_generators_are_in_the_state(self, fork_server, tmp_path):
+        arguments = [tmp_path / "n-state"]
+        children = [
+            fork_server.start("save_children:save_as_rank", [*arguments, rank, tmp_path / "store"]) for rank in (0, 1)
+        ]
+        assert [child.wait() for child in children] == [0, 0], children[0].output() + children[1].output()
+        assert verify_state(tmp_path / "n-state").info.world == 2
+        assert (tmp_path / "n-state" / "random_states_1.pkl").exists()
+
+    def test_both_learn_that_the_disk_is_full(self, fork_server, tmp_path):
+        arguments, fault = [tmp_path / "n-state"], {VARIABLE: "save.mid@0:enospc:5", "RANK": "0"}
+        children = [
+            fork_server.start("save_children:save_as_rank", [*arguments, rank, tmp_path / "store"], env=fault)
+            for rank in (0, 1)
+        ]
+        assert [child.wait() for child in children] == [4, 4], children[0].output() + children[1].output()
+        assert all("n-state: disk full" in child.output() for child in children)
+        assert [path.name for path in tmp_path.iterdir() if path.name != "store"] == []

@@ -207,7 +207,7 @@ class TestOrder:
         real_sync, real_replace, real_rename = os.fsync, Path.replace, Path.rename
 
         def fsync(descriptor):
-            seen.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+            seen.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink().name))
             real_sync(descriptor)
 
         def replace(path, target):

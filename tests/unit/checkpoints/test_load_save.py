@@ -13,6 +13,7 @@ from library.checkpoints.pickles import load_pickle
 from library.checkpoints.save import save_checkpoint, save_kind
 from library.checkpoints.tensor_files import NonFiniteWeights, open_tensors, read_header, write_safetensors
 from library.errors import UserError
+from library.files import CannotSave
 
 FAMILIES = ("sd1", "sd2")
 OUTPUTS = ("safetensors", "ckpt", "diffusers", "diffusers_safetensors")
@@ -263,6 +264,81 @@ def test_a_folder_replaces_an_older_one_as_a_whole(tmp_path, source, spec_of):
     save_checkpoint(target, "diffusers_safetensors", parts, spec=spec_of("sd1"))
     assert not (target / "unet" / "left over.bin").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+REAL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+    "scheduler": ["diffusers", "PNDMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+@pytest.fixture
+def downloaded(tmp_path, source):
+    """A folder as people download them: another scheduler, a safety checker, and traces of somebody's disk."""
+    folder = tmp_path / "downloaded"
+    shutil.copytree(source("sd1", "diffusers_safetensors"), folder)
+    (folder / "model_index.json").write_text(json.dumps(REAL_INDEX))
+    additions = {
+        "unet/config.json": {"_name_or_path": "/home/somebody/unet"},
+        "text_encoder/config.json": {"_name_or_path": "/home/somebody/text", "torch_dtype": "float16"},
+        "tokenizer/tokenizer_config.json": {"name_or_path": "/home/somebody/tokenizer", "model_max_length": 77},
+        "scheduler/scheduler_config.json": {"_class_name": "PNDMScheduler", "prediction_type": "epsilon", "mark": 1},
+    }
+    for name, table in additions.items():
+        path = folder / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **table}))
+    return folder
+
+
+def test_the_small_files_of_a_folder_are_kept_where_they_still_hold(tmp_path, downloaded, spec_of):
+    parts = load_parts(str(downloaded), "sd1")
+    out = save_checkpoint(tmp_path / "o", "diffusers", parts, spec=spec_of("sd1"), source=parts.source)
+    index = json.loads((out / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "PNDMScheduler"]
+    assert index["safety_checker"] == index["feature_extractor"] == [None, None]
+    assert json.loads((out / "scheduler/scheduler_config.json").read_text())["mark"] == 1
+    assert "torch_dtype" not in json.loads((out / "text_encoder/config.json").read_text())
+    assert not any(b"somebody" in path.read_bytes() for path in out.rglob("*.json"))
+    assert (out / "tokenizer/vocab.json").read_bytes() == (downloaded / "tokenizer/vocab.json").read_bytes()
+
+
+def test_what_training_changed_is_said_by_the_scheduler(tmp_path, downloaded, spec_of):
+    parts = load_parts(str(downloaded), "sd1")
+    spec = spec_of("sd1", "v_prediction")
+    out = save_checkpoint(tmp_path / "o", "diffusers", parts, spec=spec, source=parts.source)
+    scheduler = json.loads((out / "scheduler/scheduler_config.json").read_text())
+    assert (scheduler["prediction_type"], scheduler["mark"]) == ("v_prediction", 1)
+    settings = SaveSettings(zero_terminal_snr=True)
+    out = save_checkpoint(tmp_path / "o", "diffusers", parts, spec=spec, source=parts.source, settings=settings)
+    scheduler = json.loads((out / "scheduler/scheduler_config.json").read_text())
+    assert scheduler["rescale_betas_zero_snr"] and scheduler["_class_name"] == "DDIMScheduler"
+    assert json.loads((out / "model_index.json").read_text())["scheduler"] == ["diffusers", "DDIMScheduler"]
+
+
+def test_a_damaged_settings_file_is_found_when_the_model_is_loaded(downloaded):
+    (downloaded / "tokenizer" / "special_tokens_map.json").write_text("{")
+    with pytest.raises(UserError, match=r"special_tokens_map\.json: not valid JSON"):
+        load_parts(str(downloaded), "sd1")
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_a_full_disk_leaves_the_model_that_was_there(tmp_path, source, spec_of, monkeypatch, kind):
+    parts = load_parts(str(source("sd1", "safetensors")), "sd1")
+    target = target_of(tmp_path, kind)
+    save_checkpoint(target, kind, parts, spec=spec_of("sd1"), source=parts.source)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for hit in (1, 5, 900):
+        monkeypatch.setenv("SD_FAULT", f"save.mid:enospc:{hit}")
+        with pytest.raises(CannotSave, match="disk full"):
+            save_checkpoint(target, kind, parts, spec=spec_of("sd1"), source=parts.source)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        monkeypatch.delenv("SD_FAULT")
 
 
 def test_save_kind():

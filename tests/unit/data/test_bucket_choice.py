@@ -81,6 +81,8 @@ def test_limits_are_explained_with_the_value_to_give():
 def test_predefined_buckets():
     chooser = BucketChooser(DatasetSpec(), [(512, 512), (640, 384)])
     assert chooser.place((1000, 500)).bucket_wh == (640, 384)
+    same_ratio = BucketChooser(DatasetSpec(), [(512, 512), (256, 256), (768, 768)])
+    assert same_ratio.place((300, 300)).bucket_wh == (256, 256)
 
 
 def test_bucket_info():

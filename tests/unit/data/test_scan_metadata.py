@@ -1,6 +1,7 @@
 """Metadata files: how keys are resolved, texts joined, and what is done without image files."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -87,6 +88,8 @@ def test_caches_stand_in_for_images_that_are_gone(tmp_path):
     assert "3 image files are gone" in "\n".join(result.notes)
     with pytest.raises(UserError, match="other"):
         scan_meta(tmp_path, {"other": {}})
+    (folder / "cut_0100x0100_0200x0300_sd.npz").write_bytes(b"npz")
+    assert scan_meta(tmp_path, {"cut_0100x0100": {}}).table.size_wh(0) == (200, 300)
 
 
 def test_buckets_of_older_tools_are_used_when_complete(tmp_path):
@@ -240,6 +243,12 @@ def test_info_cache_follows_edits(tmp_path):
     write_image(tmp_path / "i" / "a.png", (128, 64), "afterwards")
     record = info_scan(tmp_path).record(0)
     assert (record.caption, record.size_wh) == ("afterwards", (128, 64))
+    # Replaced by something older than the file: only the recorded time and size can tell.
+    write_image(tmp_path / "i" / "a.png", (64, 128), "long ago")
+    for path in (tmp_path / "i").glob("a.*"):
+        os.utime(path, ns=(10**18, 10**18))
+    record = info_scan(tmp_path).record(0)
+    assert (record.caption, record.size_wh) == ("long ago", (64, 128))
 
 
 def test_broken_info_cache_is_passed_over(tmp_path, caplog):
