@@ -108,7 +108,7 @@ def _configs(parts: ModelParts, spec: FamilySpec, source: SourceInfo | None) -> 
 
 
 def _index(kept: bytes | None, *, own_scheduler: bool) -> dict[str, Any]:
-    """Return `model_index.json`; parts of the source's pipeline that are not written (safety checker) are switched off."""
+    """Return `model_index.json`; parts that are not written (safety checker...) are switched off."""
     fresh = model_configs.model_index()
     if kept is None:
         return fresh

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from library.data.buckets import UnusableSize
 from library.data.cache_names import CacheRules, LatentNeed, mirror_root
 from library.data.dataset_config import load_dataset_specs
 from library.data.dataset_spec import DatasetSpec
+from library.data.foreign import open_foreign
 from library.data.latent_store import LatentMemory, LatentPlan, LatentSource, plan_latents
 from library.data.options import CacheOptions, DatasetOptions, SubsetOptions
 from library.data.plan import EpochPlan, EpochPlanner
@@ -23,7 +24,7 @@ from library.data.records import RecordTable
 from library.data.scan import ScanContext, scan_datasets
 from library.data.serving import BatchDataset, Catalogue, Placements, Reading
 from library.data.summary import describe, fingerprint, summarise
-from library.errors import Problem, UserError, raise_problems
+from library.errors import Problem, raise_problems
 
 _log = logging.getLogger(__name__)
 
@@ -304,11 +305,8 @@ def open_data(
         UserError: holds every problem of the stage that found some.
     """
     if data.dataset_class is not None:
-        raise UserError(
-            "data sets made by a class of your own are not supported yet",
-            "Describe the data with --dataset_config.",
-            where="--dataset_class",
-        )
+        # It offers what training uses of `TrainingData`.
+        return cast(TrainingData, open_foreign(data, spec, tokenizers))
     specs = load_dataset_specs(data, subset, kinds=kinds, bucket_step_multiple=spec.bucket_step_multiple)
     raise_problems(_cache_problems(specs, cache))
     context = ScanContext(seed=seed or 0, cache_dir=cache.cache_dir, latent_suffix=spec.latent_cache_suffix)

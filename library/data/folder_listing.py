@@ -31,7 +31,7 @@ class FolderListing:
     def ignored_suffixes(self, extension: str | None) -> Counter[str]:
         """Count files by suffix that are neither images nor what belongs to them."""
         belongs = (*_COMPANIONS, extension) if extension else _COMPANIONS
-        strange = [name for name in self.others if not name.endswith(belongs) and name[0] != "."]
+        strange = sorted(name for name in self.others if not name.endswith(belongs) and name[0] != ".")
         return Counter(os.path.splitext(name)[1].lower() for name in strange)  # noqa: PTH122
 
     def path(self, name: str) -> str:

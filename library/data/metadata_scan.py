@@ -59,9 +59,8 @@ class _Folder:
         folder = cls(set(listing.images), listing=listing)
         for name in listing.images:
             folder.by_stem.setdefault(name[: name.rfind(".")], []).append(name)
-        for name in listing.others:
-            if not name.endswith(".npz"):
-                continue
+        # Sorted, so that of several caches of one image always the same one tells its size.
+        for name in sorted(name for name in listing.others if name.endswith(".npz")):
             match = cache_pattern.match(name)
             if match:
                 folder.caches[match["stem"]] = (int(match["width"]), int(match["height"]))

@@ -169,6 +169,23 @@ def test_validation_images_are_kept_apart_and_their_loss_is_logged(train_db, bas
     assert [event.step for event in log.Scalars("loss")] == [1, 2, 3, 4]
 
 
+def test_a_data_set_class_of_the_users_own_is_trained_on(train_db, base_options, tmp_path, monkeypatch):
+    (tmp_path / "my_data.py").write_text(
+        "import torch\n"
+        "class Two:\n"
+        "    def __init__(self, tokenizer, max_token_length, resolution, debug_dataset):\n"
+        "        assert tokenizer is None and resolution == (64, 64)\n"
+        "    def __len__(self):\n"
+        "        return 2\n"
+        "    def __getitem__(self, index):\n"
+        "        return {'images': torch.full((2, 3, 64, 64), index * 0.5), 'captions': ['one', 'two']}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = [option for option in base_options if not option.startswith("--train_data_dir")]
+    assert train_db(*options, "--dataset_class=my_data.Two") == 0
+    assert metadata(tmp_path / "out" / "duck.safetensors")["ss_num_batches_per_epoch"] == "2"
+
+
 DOCUMENTED = {
     "dreambooth": "--prior_loss_weight=1.0 --resolution=64 --train_batch_size=1 --learning_rate=1e-6 "
     "--max_train_steps=2 --use_8bit_adam --xformers --mixed_precision=bf16 --cache_latents --gradient_checkpointing",

@@ -304,7 +304,7 @@ def test_the_small_files_of_a_folder_are_kept_where_they_still_hold(tmp_path, do
     assert index["safety_checker"] == index["feature_extractor"] == [None, None]
     assert json.loads((out / "scheduler/scheduler_config.json").read_text())["mark"] == 1
     assert "torch_dtype" not in json.loads((out / "text_encoder/config.json").read_text())
-    assert not any(b"somebody" in path.read_bytes() for path in out.rglob("*.json"))
+    assert not any(b"/home/somebody" in path.read_bytes() for path in out.rglob("*.json"))
     assert (out / "tokenizer/vocab.json").read_bytes() == (downloaded / "tokenizer/vocab.json").read_bytes()
 
 
