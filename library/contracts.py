@@ -234,6 +234,11 @@ class RunLength:
         """Optimizer updates in one epoch: ceil(batches / K)."""
         return -(-self.batches_per_epoch // self.micro_batches_per_update)
 
+    def batches_in_update(self, update_in_epoch: int) -> int:
+        """Return how many batches the given update of an epoch holds, over all ranks and without padding."""
+        first = update_in_epoch * self.micro_batches_per_update
+        return min(self.micro_batches_per_update, self.batches_per_epoch - first)
+
 
 @dataclass(frozen=True, slots=True)
 class Position:

@@ -3,8 +3,8 @@
 The class is called as `Class(tokenizer, max_token_length, resolution, debug_dataset)`, as sd-scripts calls it (its
 tokenizer argument is None there too). An object of it has a length, the number of batches, and gives batch i as a
 dictionary: `images` [B,3,H,W] in [-1,1] or `latents` [B,4,h,w], `captions` or `input_ids_list`, and whatever else of
-sd-scripts' batches it wants to set. If it has `set_current_epoch`, `set_current_step` or `set_max_train_steps`, they are
-called; workers call them before every batch, so nothing depends on their number.
+sd-scripts' batches it wants to set. `set_current_epoch`, `set_current_step` and `set_max_train_steps` are called where
+they exist, before every batch, so that nothing depends on the number of workers.
 """
 
 from __future__ import annotations

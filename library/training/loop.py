@@ -102,13 +102,14 @@ class Loop:
         training.lr_schedule.step()
         training.objective.after_update(self.run.sum)
         training.method.after_update(self.position.step)
+        in_update = training.length.batches_in_update(self.position.update_in_epoch)
         self.position = self.position.advance(training.length)
         self.half_way = False
         fault_point("step.after")
-        self._track(torch.stack(losses).mean(), outcome.grad_norm, images)
+        self._track(torch.stack(losses).sum() / in_update, outcome.grad_norm, images)
 
     def _micro_step(self, batch: Batch) -> torch.Tensor:
-        """Forward and backward of one micro-batch; returns its mean unweighted loss, on the device."""
+        """Forward and backward of one micro-batch; returns its mean unweighted loss (0 for padding), on the device."""
         training, key = self.training, batch.key
         if training.method.uses_global_randomness:
             torch.manual_seed(derive(self.run.seed, "net", key.step_key.step, key.step_key.micro))
@@ -118,13 +119,12 @@ class Loop:
             loss, per_sample = training.module(batch)
             fault_point("step.backward")
             training.stepper.backward(loss)
-        return per_sample.mean()
+        return per_sample.mean() * key.share
 
     def _track(self, loss: torch.Tensor, grad_norm: torch.Tensor, images: int) -> None:
         """Hand the update's numbers to the tracker, as tensors: nothing waits for the device."""
         training, world = self.training, self.run.world_size
-        if world > 1:
-            loss = self.run.sum(loss) / world
+        loss = self.run.sum(loss)
         values = {
             "loss": loss,
             "grad_norm": grad_norm,
