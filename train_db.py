@@ -24,6 +24,7 @@ class Options(TrainingOptions, leave_out=("dataset_repeats",)):
 def train(opts: Options) -> None:
     """Data, then model, then the loop: what is cheap to check fails before anything expensive starts."""
     from library.data.dataset import open_data
+    from library.data.scan import ScanContext
     from library.models.specs import stable_diffusion_spec
     from library.models.tokenizer import tokenizers_for
 
@@ -36,7 +37,7 @@ def train(opts: Options) -> None:
         spec=spec,
         kinds=kinds,
         tokenizers=tokenizers_for(spec, opts.text),
-        seed=opts.length.seed,
+        context=ScanContext(opts.length.seed or 0, report_dir=opts.save.output_dir),
     )
     if opts.data.debug_dataset:
         from library.data.report import write_report

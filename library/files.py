@@ -50,6 +50,7 @@ __all__ = [
     "free_bytes",
     "process_alive",
     "remove_tree",
+    "temporary_beside",
     "write_bytes",
     "write_json",
     "write_text",
@@ -253,6 +254,11 @@ def _temporary_name(target: Path, kind: str) -> Path:
     if kind != "old":
         name = os.fsencode(name)[: 254 - len(tail)].decode("utf-8", "ignore")
     return target.with_name(f".{name}{tail}")
+
+
+def temporary_beside(path: StrPath) -> Path:
+    """Return a name beside `path` for a file that becomes part of something else; `clean_litter` finds it."""
+    return _temporary_name(Path(os.path.realpath(path)), "tmp")
 
 
 def _mode_of(path: Path) -> int | None:

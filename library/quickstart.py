@@ -59,7 +59,7 @@ def _tiny(options: QuickstartOptions, output: Path) -> Plan:
     logger.info("making a tiny random model: its pictures are noise, but every step is the real one")
     model = make_random_sd(output / "tiny_model.safetensors", family="sd1")
     folders = [(ROOT / "examples" / "photos" / name, words) for name, words in _SUBJECTS.items()]
-    size = options.resolution or 192
+    size = options.resolution or 128
     return Plan(
         model=str(model),
         dataset=_dataset(folders, size=size, batch_size=2, repeats=1),

@@ -20,7 +20,7 @@ class QuickstartOptions(OptionGroup, title="quickstart"):
     output: str = opt("quickstart_output", path=True, help="Folder for everything that is made.")
     steps: int | None = opt(None, at_least=1, help="Optimizer updates. Default: 400, or 24 for the tiny model.")
     resolution: int | None = opt(
-        None, at_least=64, help="Training resolution. Default: 512, or 192 for the tiny model."
+        None, at_least=64, help="Training resolution. Default: 512, or 128 for the tiny model."
     )
 
     def check(self) -> Iterator[Problem]:

@@ -19,6 +19,9 @@ NO_EFFECT_IN: dict[str, dict[str, NoEffect]] = {
     "fp8_base": {
         "train_db": NoEffect("it stores frozen weights in 8 bits, and here the weights themselves are trained", True),
     },
+    "lowram": {
+        "train_db": NoEffect("files are always mapped, and weights go straight from them to the GPU", False),
+    },
     "tokenizer_cache_dir": {
         "train_db": NoEffect("the CLIP vocabulary is built in, so there is nothing to download or keep", False),
     },

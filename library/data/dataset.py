@@ -251,12 +251,8 @@ class TrainingData:
     def _identities(self) -> Iterator[tuple[Any, ...]]:
         """Yield for each row what decides its latents."""
         decides = {
-            subset.index: (
-                subset.resize_interpolation or spec.resize_interpolation,
-                *self.catalogue.cached_extras(subset),
-            )
-            for spec in self.specs
-            for subset in spec.subsets
+            index: (served.augmentation.interpolation, served.cached_flip, served.cached_mask)
+            for index, served in self.catalogue.subsets.items()
         }
         columns = (
             self.table.columns.folders,
@@ -288,7 +284,7 @@ def open_data(
     spec: FamilySpec,
     kinds: tuple[str, ...],
     tokenizers: tuple[Tokenizer, ...],
-    seed: int | None = None,
+    context: ScanContext | None = None,
 ) -> TrainingData:
     """Find the images of a run and decide how each is served. No model is needed.
 
@@ -299,7 +295,8 @@ def open_data(
         spec: of the model family.
         kinds: of data set that the script takes.
         tokenizers: one per text encoder.
-        seed: of the run; chooses validation images where no validation seed is given.
+        context: seed of the run, which chooses validation images where no validation seed is given, and a folder for
+            the full list of bad files.
 
     Raises:
         UserError: holds every problem of the stage that found some.
@@ -309,7 +306,7 @@ def open_data(
         return cast(TrainingData, open_foreign(data, spec, tokenizers))
     specs = load_dataset_specs(data, subset, kinds=kinds, bucket_step_multiple=spec.bucket_step_multiple)
     raise_problems(_cache_problems(specs, cache))
-    context = ScanContext(seed=seed or 0, cache_dir=cache.cache_dir, latent_suffix=spec.latent_cache_suffix)
+    context = replace(context or ScanContext(), cache_dir=cache.cache_dir, latent_suffix=spec.latent_cache_suffix)
     found = scan_datasets(specs, data, context)
     choosers = [chooser.place for chooser in found.choosers]
     catalogue = Catalogue(

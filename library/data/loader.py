@@ -8,9 +8,11 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import ProcessError
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from library.contracts import Batch, BatchKey, Position, RunLength, SampleKey, StepKey
@@ -28,7 +30,9 @@ _log = logging.getLogger(__name__)
 _PREFETCH = 2
 _GRACE_SECONDS = 60  # a worker outlives SIGTERM by this, so that the main process can finish its update
 _BLANK_LIMIT = 20
-_SMALL = 1 << 20  # bytes
+_SMALL = 1 << 14  # bytes; larger messages would fill the pipe between the processes
+_DEATH_POLLS = 20
+_BROKEN_PIPES = (OSError, EOFError, RuntimeError, ValueError, ProcessError, UnpicklingError)
 
 
 class PlannedBatches:
@@ -143,9 +147,7 @@ class PlannedBatches:
                     micro = step_key.micro
                     yield batch
                 return
-            except RuntimeError as error:
-                if not _is_worker_death(error):
-                    raise
+            except WorkerDied as error:
                 failures += 1
                 if failures > 1:
                     raise UserError(
@@ -154,7 +156,7 @@ class PlannedBatches:
                         "shared memory.",
                         where="data loader",
                     ) from error
-                _log.warning("a loader worker died (%s); starting the workers once more", _first_line(error))
+                _log.warning("a loader worker died (%s); starting the workers once more", error)
             finally:
                 batches.close()
 
@@ -177,10 +179,15 @@ class PlannedBatches:
             multiprocessing_context=self._start_method,
             pin_memory=self._pin_memory,
         )
-        with _signal_kept(getattr(signal, "SIGCHLD", None)):
+        with _children_watched(()):
             iterator = iter(loader)
+        workers = getattr(iterator, "_workers", ())
         try:
-            for packed in iterator:
+            while True:
+                with _children_watched(workers):
+                    packed = next(iterator, None)
+                if packed is None:
+                    return
                 yield packed if isinstance(packed, Batch) else packed.unpack()
         finally:
             shut_down = getattr(iterator, "_shutdown_workers", None)
@@ -219,20 +226,40 @@ class _Packing:
         return PackedBatch(self._dataset[key])
 
 
-@contextmanager
-def _signal_kept(number: Any) -> Iterator[None]:
-    """Undo what the block does to a signal handler.
+class WorkerDied(RuntimeError):
+    """A loader process is gone; the batches that it owed can be had from others."""
 
-    Torch raises from its SIGCHLD handler, that is, anywhere, even in the middle of an optimizer step. Without it a dead
-    worker is noticed within five seconds by the call that waits for a batch, and only there.
+
+@contextmanager
+def _children_watched(workers: Sequence[Any]) -> Iterator[None]:
+    """Raise `WorkerDied` when one of `workers` is dead or dies inside the block, and never outside it.
+
+    Torch installs a handler of SIGCHLD that raises anywhere, even in the middle of an optimizer step; this one takes
+    its place while a batch is waited for, and the previous one comes back afterwards. It is needed: a worker killed
+    half way through a message leaves the reader waiting for the rest.
     """
-    in_main = number is not None and threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(number) if in_main else None
+    number = getattr(signal, "SIGCHLD", None)
+    if threading.current_thread() is not threading.main_thread():
+        number = None
+    before = None if number is None else signal.signal(number, lambda *_: _check(workers))
     try:
+        _check(workers)
         yield
+    except _BROKEN_PIPES as error:
+        # What the dead worker held (a shared tensor, half a message) fails in many ways.
+        for _ in range(_DEATH_POLLS):
+            _check(workers, error)
+            time.sleep(0.02)
+        raise
     finally:
-        if in_main and signal.getsignal(number) is not before:
+        if number is not None:
             signal.signal(number, before if before is not None else signal.SIG_DFL)
+
+
+def _check(workers: Sequence[Any], cause: BaseException | None = None) -> None:
+    dead = [str(worker.pid) for worker in workers if worker.exitcode not in (None, 0)]
+    if dead:
+        raise WorkerDied(f"process {', '.join(dead)} exited unexpectedly") from cause
 
 
 def prepare_worker(_worker_id: int) -> None:
@@ -270,15 +297,6 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _is_worker_death(error: RuntimeError) -> bool:
-    text = str(error)
-    return text.startswith("DataLoader worker (pid") and ("exited unexpectedly" in text or "killed by signal" in text)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
 
 
 def validation_batches(

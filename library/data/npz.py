@@ -17,7 +17,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -75,7 +74,8 @@ class NpzFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file = Path(path).open("rb", buffering=0)  # noqa: SIM115 - closed by __exit__
+        self._file = io.FileIO(os.fspath(path))
+        self._tail = b""
         try:
             self._length = os.fstat(self._file.fileno()).st_size
             self._members = self._directory()
@@ -141,6 +141,9 @@ class NpzFile:
         return self._members[name]
 
     def _pread(self, offset: int, count: int) -> bytes:
+        begin = offset - (self._length - len(self._tail))
+        if begin >= 0 and begin + count <= len(self._tail):
+            return self._tail[begin : begin + count]  # the record of origin stands at the end of our files
         self._file.seek(offset)
         pieces = []
         while count > 0:
@@ -154,11 +157,10 @@ class NpzFile:
     def _directory(self) -> dict[str, _Member]:
         if self._length < _END.size:
             raise BrokenNpz("empty file" if self._length == 0 else "cut off")
-        entries, size, offset, tail = self._end()
+        entries, size, offset = self._end()
         if entries == 0xFFFF or offset == 0xFFFFFFFF or size > _MAX_DIRECTORY or offset + size > self._length:
             raise BrokenNpz("bad zip directory")
-        begin = self._length - len(tail)
-        data = tail[offset - begin : offset - begin + size] if offset >= begin else self._pread(offset, size)
+        data = self._pread(offset, size)
         members: dict[str, _Member] = {}
         at = 0
         for _ in range(entries):
@@ -174,13 +176,13 @@ class NpzFile:
             at = name_end + fields[11] + fields[12]
         return members
 
-    def _end(self) -> tuple[int, int, int, bytes]:
+    def _end(self) -> tuple[int, int, int]:
         for length in (_TAIL, _LONGEST_TAIL):
-            tail = self._pread(max(0, self._length - length), min(self._length, length))
-            found = tail.rfind(b"PK\5\6")
-            if 0 <= found <= len(tail) - _END.size:
-                fields = _END.unpack_from(tail, found)
-                return fields[4], fields[5], fields[6], tail
+            self._tail = self._pread(max(0, self._length - length), min(self._length, length))
+            found = self._tail.rfind(b"PK\5\6")
+            if 0 <= found <= len(self._tail) - _END.size:
+                fields = _END.unpack_from(self._tail, found)
+                return fields[4], fields[5], fields[6]
         raise BrokenNpz("not a zip file" if self._pread(0, 2) != b"PK" else "cut off")
 
     def _head(self, member: _Member) -> tuple[bytes, int]:

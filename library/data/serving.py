@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -75,6 +76,44 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
+class SubsetServing:
+    """What serving needs to know of one subset, worked out once.
+
+    Attributes:
+        subset: its settings.
+        dataset: the data set it belongs to.
+        augmentation: how its images are varied and resized.
+        cached_flip: mirrored latents are cached: some subset with the same images wants them.
+        cached_mask: alpha masks are cached, likewise.
+    """
+
+    subset: SubsetSpec
+    dataset: DatasetSpec
+    augmentation: Augmentation
+    cached_flip: bool
+    cached_mask: bool
+
+    @classmethod
+    def all_of(cls, specs: Sequence[DatasetSpec]) -> dict[int, SubsetServing]:
+        """Return the subsets of all data sets by their index."""
+        pairs = [(spec, subset) for spec in specs for subset in spec.subsets]
+        found = {}
+        for spec, subset in pairs:
+            source = (subset.image_dir, subset.metadata_file)
+            alike = [other for _, other in pairs if (other.image_dir, other.metadata_file) == source]
+            augmentation = Augmentation(
+                interpolation=subset.resize_interpolation or spec.resize_interpolation,
+                random_crop=subset.random_crop,
+                flip=subset.flip_aug,
+                color=subset.color_aug,
+                face_range=None if spec.enable_bucket else subset.face_crop_aug_range,
+            )
+            flip, mask = any(other.flip_aug for other in alike), any(other.alpha_mask for other in alike)
+            found[subset.index] = cls(subset, spec, augmentation, flip, mask)
+        return found
+
+
+@dataclass(frozen=True)
 class Catalogue:
     """All that samples are made of; picklable and small, since the table is shared by mapping."""
 
@@ -88,33 +127,18 @@ class Catalogue:
     latents: LatentSource | None = None
     texts: TextSource | None = None
 
-    def subset(self, row: int) -> SubsetSpec:
+    @cached_property
+    def subsets(self) -> dict[int, SubsetServing]:
+        """The subsets of all data sets by their index."""
+        return SubsetServing.all_of(self.specs)
+
+    def of(self, row: int) -> SubsetServing:
         """Return the subset of a table row."""
-        index = int(self.table.subsets[row])
-        for subset in self.specs[int(self.table.datasets[row])].subsets:
-            if subset.index == index:
-                return subset
-        raise LookupError(f"row {row} belongs to subset {index}, which its data set lacks")
-
-    def interpolation(self, row: int) -> str | None:
-        """Return the name of the resize filter of a table row; None for the default rule."""
-        return self.subset(row).resize_interpolation or self.specs[int(self.table.datasets[row])].resize_interpolation
-
-    def augmentation(self, row: int) -> Augmentation:
-        """Return how the image of a table row is varied."""
-        subset = self.subset(row)
-        buckets = self.specs[int(self.table.datasets[row])].enable_bucket
-        return Augmentation(
-            interpolation=self.interpolation(row),
-            random_crop=subset.random_crop,
-            flip=subset.flip_aug,
-            color=subset.color_aug,
-            face_range=None if buckets else subset.face_crop_aug_range,
-        )
+        return self.subsets[int(self.table.subsets[row])]
 
     def view(self, row: int, seed: int, key: SampleKey, *, fixed: bool = False) -> View:
         """Choose crop, colour and flip of one visit; `fixed` leaves the crop and the colours alone."""
-        augmentation = self.augmentation(row)
+        augmentation = self.of(row).augmentation
         flipped = augmentation.flip and uniform(seed, "sample", key.epoch, key.position, "flip") < 0.5
         placement = self.placements[row]
         if fixed or not augmentation.draws:
@@ -141,17 +165,17 @@ class Catalogue:
         Raises:
             BadImage: the picture or its mask cannot be used.
         """
-        interpolation = self.interpolation(row)
+        served = self.of(row)
         record = self.table.record(row)
         pixels = load_image(
             record.path,
             size_wh=record.size_wh,
             orientation=record.orientation,
-            alpha=self.subset(row).alpha_mask if alpha is None else alpha,
+            alpha=served.subset.alpha_mask if alpha is None else alpha,
             enough_wh=view.placement.resized_wh,
             max_pixels=self.reading.max_pixels,
         )
-        pixels = apply_view(pixels, view, interpolation)
+        pixels = apply_view(pixels, view, served.augmentation.interpolation)
         mask = mask_of(pixels[:, :, 3]) if pixels.shape[2] == 4 else self.mask_image(row, view)
         return pixels[:, :, :3], mask
 
@@ -166,31 +190,21 @@ class Catalogue:
             return None
         orientation = None if self.reading.exif_transpose else 1
         pixels = load_image(path, orientation=orientation, max_pixels=self.reading.max_pixels)
-        return mask_of(apply_view(pixels, replace(view, recolor=None), self.interpolation(row))[:, :, 0])
+        plain = View(view.placement, view.flipped)
+        return mask_of(apply_view(pixels, plain, self.of(row).augmentation.interpolation)[:, :, 0])
 
     def latent_need(self, row: int) -> LatentNeed:
         """Return what the latent cache must hold for a table row."""
-        placement = self.placements[row]
-        flip, mask = self.cached_extras(self.subset(row))
+        placement, served = self.placements[row], self.of(row)
         scale = self.family.latent_downscale
         return LatentNeed(
             record=self.table.record(row),
             placement=placement,
             shape=(self.family.latent_channels, placement.bucket_wh[1] // scale, placement.bucket_wh[0] // scale),
-            interpolation=self.interpolation(row),
-            flip=flip,
-            mask=mask,
+            interpolation=served.augmentation.interpolation,
+            flip=served.cached_flip,
+            mask=served.cached_mask,
         )
-
-    def cached_extras(self, subset: SubsetSpec) -> tuple[bool, bool]:
-        """Return whether mirrored latents and masks are cached: wanted by any subset with the same images."""
-        alike = [
-            other
-            for spec in self.specs
-            for other in spec.subsets
-            if (other.image_dir, other.metadata_file) == (subset.image_dir, subset.metadata_file)
-        ]
-        return any(other.flip_aug for other in alike), any(other.alpha_mask for other in alike)
 
 
 class BatchDataset:
@@ -259,7 +273,7 @@ class BatchDataset:
         else:
             view = catalogue.view(row, self.seed, key, fixed=True)
         if catalogue.latents is not None:
-            cached = catalogue.latents.read(row, flipped=view.flipped, with_mask=catalogue.subset(row).alpha_mask)
+            cached = catalogue.latents.read(row, flipped=view.flipped, with_mask=catalogue.of(row).subset.alpha_mask)
             latents = cached.latents
             mask = cached.mask if cached.mask is not None else catalogue.mask_image(row, view)
         sample = self._described(row, key, view)
@@ -268,7 +282,7 @@ class BatchDataset:
     def _described(self, row: int, key: SampleKey, view: View) -> Sample:
         """Return a sample with everything but arrays."""
         catalogue = self.catalogue
-        subset, spec = catalogue.subset(row), catalogue.specs[int(catalogue.table.datasets[row])]
+        served = catalogue.of(row)
         size, bucket = catalogue.table.size_wh(row), view.placement.bucket_wh
         caption = self.caption(row, key)
         top_left = sdxl_crop_top_left(size, bucket, flipped=view.flipped)
@@ -281,8 +295,8 @@ class BatchDataset:
             crop_top_left=top_left,
             target_size_wh=bucket,
             flipped=view.flipped,
-            network_multiplier=spec.network_multiplier,
-            custom_attributes=subset.custom_attributes,
+            network_multiplier=served.dataset.network_multiplier,
+            custom_attributes=served.subset.custom_attributes,
         )
         if catalogue.texts is not None:
             return replace(sample, text_arrays=catalogue.texts.read(row, caption))

@@ -28,6 +28,7 @@ class WeightPlan:
         trained_dtype: type of those parts: float32 unless everything runs in half precision.
         frozen_dtype: type of the other parts.
         vae_dtype: type in which pictures are encoded and decoded.
+        trained_device: where the parts that train wait until they are shared between GPUs; None: on `device`.
     """
 
     device: torch.device = torch.device("cpu")
@@ -35,10 +36,15 @@ class WeightPlan:
     trained_dtype: torch.dtype = torch.float32
     frozen_dtype: torch.dtype = torch.float32
     vae_dtype: torch.dtype = torch.float32
+    trained_device: torch.device | None = None
 
     def dtype_of(self, part: str) -> torch.dtype:
         """Return the type of the weights of `part`."""
         return self.trained_dtype if part in self.trained else self.frozen_dtype
+
+    def device_of(self, part: str) -> torch.device:
+        """Return where the weights of `part` are put when they are loaded."""
+        return self.trained_device or self.device if part in self.trained else self.device
 
 
 class ModelFamily(Protocol):

@@ -31,6 +31,7 @@ class _Shape:
 _SHAPES = {
     ("sd1", "tiny"): _Shape((64, 32, 64, 64), None, (32, 64, 32, 32), 64, 2),
     ("sd2", "tiny"): _Shape((64, 128, 64, 64), 64, (32, 64, 32, 32), 64, 2),
+    ("sd1", "thin"): _Shape((64, 32, 64, 64), None, (32, 64, 32, 32), 64, 12),
     ("sd1", "full"): _Shape((320, 640, 1280, 1280), None, (128, 256, 512, 512), 768, 12),
     ("sd2", "full"): _Shape((320, 640, 1280, 1280), 64, (128, 256, 512, 512), 1024, 23),
 }
@@ -150,7 +151,7 @@ def make_random_sd(
     Args:
         target: file or folder to write; a file gets the suffix of its layout if it has another one.
         family: `sd1` or `sd2`.
-        size: `tiny` (a few megabytes) or `full`.
+        size: `tiny` (a few megabytes), `full`, or `thin` (`sd1` only: all layers of `full`, as narrow as `tiny`).
         layout: `safetensors`, `ckpt`, `diffusers` (`.bin` weights) or `diffusers_safetensors`.
         seed: equal seeds give equal bytes.
         v_prediction: mark the model as one that predicts velocity.

@@ -42,16 +42,25 @@ class StableDiffusion:
         weights: WeightPlan,
         *,
         allow_nan: bool = False,
+        highvram: bool = False,
     ) -> None:
         self.spec = spec
         self.weights = weights
         self.tokenizers: tuple[ClipTokenizer, ...] = tokenizers_for(spec, text)
         self.unet = _build_unet(loaded, weights)
         self.text_encoder: TextEncoder = build_text_encoder(
-            loaded.text_config, loaded.text, device=weights.device, dtype=weights.dtype_of("text_encoder")
+            loaded.text_config,
+            loaded.text,
+            device=weights.device_of("text_encoder"),
+            dtype=weights.dtype_of("text_encoder"),
         )
         self.vae = ImageCoder(
-            loaded.vae, loaded.vae_config, device=weights.device, dtype=weights.vae_dtype, allow_nan=allow_nan
+            loaded.vae,
+            loaded.vae_config,
+            device=weights.device,
+            dtype=weights.vae_dtype,
+            allow_nan=allow_nan,
+            keep_cache=highvram,
         )
         self._skip = check_clip_skip(text.clip_skip, self.text_encoder)
         self._pad_id = None if self.tokenizers[0].pad else spec.tokenizers[0].pad_id
@@ -74,7 +83,7 @@ class StableDiffusion:
         Args:
             model: what to load.
             text: how captions become conditions.
-            memory: which attention backend to use.
+            memory: which attention backend to use, and whether freed GPU memory stays with PyTorch.
             spec: from `library.models.specs.stable_diffusion_spec`.
             weights: device, types, and which parts are going to train.
 
@@ -87,7 +96,7 @@ class StableDiffusion:
             loaded = load_parts(str(model.pretrained_model_name_or_path), spec.name, model.vae)
             where = loaded.source.name
             check_prediction(spec, loaded.source.prediction_type, where)
-            family = cls(spec, text, loaded, weights, allow_nan=model.allow_nan_weights)
+            family = cls(spec, text, loaded, weights, allow_nan=model.allow_nan_weights, highvram=memory.highvram)
         for part, module in family.parts().items():
             check_weights(module.state_dict(), f"{where} ({part})", allow_nan=model.allow_nan_weights)
         set_attention(family.unet, choose_attention(memory, weights.device))
@@ -265,7 +274,7 @@ def _build_unet(loaded: LoadedParts, weights: WeightPlan) -> Any:
         lambda: from_config(UNet2DConditionModel, loaded.unet_config),
         loaded.unet,
         what="U-Net",
-        device=weights.device,
+        device=weights.device_of("unet"),
         dtype=weights.dtype_of("unet"),
     )
     name_attention_modules(unet)

@@ -27,6 +27,7 @@ class ImageCoder:
         device: where pictures are encoded and decoded.
         dtype: type of the weights; half precision falls back to float32 for batches that overflow.
         allow_nan: build it although some weights are not numbers.
+        keep_cache: leave the memory that `release` frees with PyTorch, where the next phase finds it at once.
     """
 
     def __init__(
@@ -37,12 +38,14 @@ class ImageCoder:
         device: torch.device,
         dtype: torch.dtype,
         allow_nan: bool = False,
+        keep_cache: bool = False,
     ) -> None:
         self.tensors = tensors
         self.config = config
         self.device = device
         self.dtype = dtype
         self._allow_nan = allow_nan
+        self._keep_cache = keep_cache
         self._model: Any = None
         self._warned = False
 
@@ -70,10 +73,9 @@ class ImageCoder:
 
     def release(self) -> None:
         """Free the model; it is built again from its file when it is needed."""
-        if self._model is not None and self.device.type == "cuda":
-            self._model = None
+        was_loaded, self._model = self._model is not None, None
+        if was_loaded and self.device.type == "cuda" and not self._keep_cache:
             torch.cuda.empty_cache()
-        self._model = None
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, noise: Tensor, *, check: bool = True) -> Tensor:

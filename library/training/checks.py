@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from library.errors import Problem
 from library.option_values import nearest
+from library.training.deepspeed_checks import deepspeed_problems, deepspeed_warnings
 from library.training.sampling import sampling_problems
 
 if TYPE_CHECKING:
@@ -33,9 +34,9 @@ def check_training(options: TrainingOptions, *, world_size: int) -> Iterator[Pro
     yield from _optimizer(options)
     if options.optimizer.fused_backward_pass:
         yield from _fused_backward(options, world_size)
+    yield from deepspeed_problems(options)
     yield from _augmentation(options)
     yield from _override_names(options)
-    yield from sampling_problems(options.sample)
 
 
 def warn_training(options: TrainingOptions) -> Iterator[Problem]:
@@ -53,6 +54,7 @@ def warn_training(options: TrainingOptions) -> Iterator[Problem]:
         yield Problem("--persistent_data_loader_workers", "has no effect with --max_data_loader_n_workers 0")
     if options.subset.face_crop_aug_range and (options.data.enable_bucket or options.cache.cache_latents):
         yield Problem("--face_crop_aug_range", "has no effect with --enable_bucket or --cache_latents")
+    yield from deepspeed_warnings(options)
     yield from _warn_warmup(options)
     yield from _warn_output_folder(options)
 
@@ -118,7 +120,8 @@ def _paths(options: TrainingOptions) -> Iterator[Problem]:
     if data.debug_dataset:
         return
     yield from _must_exist("--log_tracker_config", options.log.log_tracker_config)
-    yield from _must_exist("--sample_prompts", options.sample.sample_prompts)
+    missing = list(_must_exist("--sample_prompts", options.sample.sample_prompts))
+    yield from missing or sampling_problems(options.sample)
     thumbnail = options.metadata.metadata_thumbnail
     if thumbnail and not thumbnail.startswith("data:"):
         yield from _must_exist("--metadata_thumbnail", thumbnail)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import torch
@@ -114,8 +114,7 @@ class Loop:
         if training.method.uses_global_randomness:
             torch.manual_seed(derive(self.run.seed, "net", key.step_key.step, key.step_key.micro))
         fault_point("step.forward")
-        alone = self.run.world_size == 1 or key.last_in_update
-        with nullcontext() if alone else training.module.no_sync():  # type: ignore[operator]
+        with training.stepper.accumulating(training.module, last=key.last_in_update):
             loss, per_sample = training.module(batch)
             fault_point("step.backward")
             training.stepper.backward(loss)
@@ -181,7 +180,7 @@ class Loop:
 
     def _sample(self) -> None:
         fault_point("sample.mid")
-        with observe(self.training.method, self.training.built):
+        with self.training.stepper.observing(), observe(self.training.method, self.training.built):
             pictures = self.sampler.run(self.position.step, self.position.epoch)
         self.training.tracker.add_pictures(self.run.ranks.gather(pictures))
         self.training.tracker.pause()

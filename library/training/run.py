@@ -22,11 +22,14 @@ from library.signals import StopFlag
 from library.training.beginning import find_beginning
 from library.training.ranks import Ranks
 from library.training.step import Autocast
+from library.training.stepper import Stepper
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from library.data.dataset import TrainingData
+    from library.training.deepspeed import EngineStepper
+    from library.training.optimizers import BuiltOptimizer
     from library.training.options import DistributedOptions, PrecisionOptions, TrainingOptions
 
 logger = logging.getLogger(__name__)
@@ -44,7 +47,8 @@ class Run:
         self.opts = opts
         self.data = data
         self._ddp = _ddp_settings(opts.distributed)
-        self.accelerator = _make_accelerator(opts, self._ddp)
+        self._plugin = _plugin(opts, data)
+        self.accelerator = _make_accelerator(opts, self._ddp, self._plugin)
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
@@ -56,7 +60,8 @@ class Run:
         self.stop = StopFlag(announce=self.is_main)
         self.mixed_dtype = _DTYPES[opts.precision.mixed_precision]
         self.autocast = Autocast(self.device, self.mixed_dtype)
-        self.scaler = _make_scaler(self.device, opts.precision)
+        scaler = _make_scaler(self.device, opts.precision)
+        self.scaler = scaler if self._plugin is None else None
         self.seed = opts.length.seed or 0
         self._cleanup = ExitStack()
 
@@ -67,7 +72,9 @@ class Run:
 
     def weight_plan(self, trained: tuple[str, ...]) -> WeightPlan:
         """Return where weights go and in which types, when the parts named `trained` train."""
-        return WeightPlan(self.device, trained, self.trained_dtype, self.frozen_dtype, self.vae_dtype)
+        waits = self._plugin is not None and self._plugin.zero3_init_flag
+        trained_device = torch.device("cpu") if waits else None
+        return WeightPlan(self.device, trained, self.trained_dtype, self.frozen_dtype, self.vae_dtype, trained_device)
 
     @property
     def trained_dtype(self) -> torch.dtype:
@@ -133,10 +140,24 @@ class Run:
             torch.distributed.all_reduce(tensor)
         return tensor
 
-    def wrap(self, step: nn.Module, *, may_skip_parameters: bool) -> nn.Module:
-        """Place the step, and let processes share its gradients."""
-        if self.world_size == 1:
-            return step
+    def stepper(self, built: BuiltOptimizer) -> Stepper | EngineStepper:
+        """Return what steps the optimizer and shares the work between processes."""
+        optimizer, first_step = self.opts.optimizer, self.begin.position.step
+        if self._plugin is not None:
+            from library.training.deepspeed import EngineStepper
+
+            return EngineStepper(self.accelerator, built, optimizer, self.opts.distributed, first_step=first_step)
+        return Stepper(
+            built,
+            optimizer,
+            accumulation=self.begin.length.accumulation,
+            scaler=self.scaler,
+            first_step=first_step,
+            seed=self.seed,
+            share=None if self.world_size == 1 else self._share,
+        )
+
+    def _share(self, step: nn.Module, may_skip_parameters: bool) -> nn.Module:  # noqa: FBT001
         self._ddp.find_unused_parameters = may_skip_parameters
         return self.accelerator.prepare_model(step)
 
@@ -162,13 +183,28 @@ def _ddp_settings(distributed: DistributedOptions) -> Any:
     )
 
 
-def _make_accelerator(opts: TrainingOptions, ddp: Any) -> Any:
+def _plugin(opts: TrainingOptions, data: TrainingData) -> Any:
+    """Return accelerate's plugin for DeepSpeed, or None when its engine is not used."""
+    from library.training.deepspeed_plugin import make_plugin, prepare_environment, uses_engine
+
+    if not uses_engine(opts.distributed):
+        return None
+    prepare_environment(opts.distributed)
+    batch = max(spec.batch_size for spec in data.specs)
+    return make_plugin(opts, micro_batch=batch, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def _make_accelerator(opts: TrainingOptions, ddp: Any, plugin: Any) -> Any:
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     minutes = opts.distributed.ddp_timeout or SETUP_TIMEOUT_MINUTES
-    handlers = [InitProcessGroupKwargs(timeout=timedelta(minutes=minutes)), ddp]
+    group = InitProcessGroupKwargs(timeout=timedelta(minutes=minutes))
+    if plugin is not None:
+        from library.training.deepspeed_plugin import engine_backend
+
+        group.backend = engine_backend()
     # The step enters autocast and the stepper scales losses; accelerate starts processes and places modules.
-    return Accelerator(mixed_precision="no", kwargs_handlers=handlers)
+    return Accelerator(mixed_precision="no", kwargs_handlers=[group, ddp], deepspeed_plugin=plugin)
 
 
 def _make_scaler(device: torch.device, precision: PrecisionOptions) -> Any:

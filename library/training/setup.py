@@ -24,18 +24,19 @@ from library.training.observers import observe
 from library.training.optimizers import BuiltOptimizer, build_optimizer
 from library.training.sampling import Process, SampleImages
 from library.training.saving import SaveActions, Saver
-from library.training.state import StateInfo, StateParts, load_state, save_state, state_bytes
+from library.training.state import StateInfo, StateParts, load_progress, load_weights, save_state, state_bytes
 from library.training.step import TrainStep
-from library.training.stepper import Stepper
 from library.training.tracking import Tracker
 from library.training.upload import Uploader
 
 if TYPE_CHECKING:
     from library.data.dataset import TrainingData
     from library.models.family import ModelFamily
+    from library.training.deepspeed import EngineStepper
     from library.training.methods.base import Method
     from library.training.options import TrainingOptions
     from library.training.run import Run
+    from library.training.stepper import Stepper
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class Training:
     built: BuiltOptimizer
     lr_schedule: Any
     parts: StateParts
-    stepper: Stepper
+    stepper: Stepper | EngineStepper
     step: TrainStep = field(init=False)
     module: nn.Module = field(init=False)
     """The step, wrapped so that processes share its gradients."""
@@ -78,7 +79,7 @@ class Training:
             seed=self.run.seed,
             autocast=self.run.autocast,
         )
-        self.module = self.run.wrap(self.step, may_skip_parameters=self.method.may_skip_parameters)
+        self.module = self.stepper.wrap(self.step, may_skip_parameters=self.method.may_skip_parameters)
 
     def info(self, position: Position, saver: Saver) -> StateInfo:
         """Return what a state says besides its tensors."""
@@ -102,20 +103,13 @@ def set_up(run: Run, family: ModelFamily, method: Method, data: TrainingData, op
     built = build_optimizer(opts.optimizer, groups)
     lr_schedule = build_lr_schedule(opts.schedule, opts.optimizer, built, begin.length.total_steps)
     objective = DDPMObjective(family.spec.prediction_type, opts.noise, opts.loss, run.device)
-    parts = StateParts(method.parts(), built.optimizer, lr_schedule, run.scaler, objective)
     if begin.stored is not None:
-        load_state(begin.stored, parts, begin.changes, run.ranks)
+        load_weights(begin.stored, method.parts())
     method.enter_step(begin.position.step)
     if opts.memory.torch_compile:
         family.compile(opts.memory.dynamo_backend)
-    stepper = Stepper(
-        built,
-        opts.optimizer,
-        accumulation=begin.length.accumulation,
-        scaler=run.scaler,
-        first_step=begin.position.step,
-        seed=run.seed,
-    )
+    stepper = run.stepper(built)
+    parts = StateParts(method.parts(), built.optimizer, lr_schedule, run.scaler, objective, shards=stepper.shards)
     pin = run.device.type == "cuda"
     loader = PlannedBatches(data, begin.length, rank=run.rank, seed=run.seed, loader=opts.loader, pin_memory=pin)
     training = Training(
@@ -135,6 +129,9 @@ def set_up(run: Run, family: ModelFamily, method: Method, data: TrainingData, op
         rate_names=[group.name for group in groups],
     )
     training.wrap()
+    if begin.stored is not None:
+        # After wrapping: an engine that shares the optimizer between processes comes into being there.
+        load_progress(begin.stored, parts, begin.changes, run.ranks)
     return training
 
 
@@ -162,10 +159,15 @@ def make_saver(training: Training, data: TrainingData, position: Any) -> Saver:
         is_main=run.is_main,
     )
 
-    def write_state(folder: Path) -> None:
-        save_state(folder, training.parts, training.info(position(), saver), run.ranks)
+    def write_model(target: Path, *, epoch: int, step: int) -> Path | None:
+        with training.stepper.whole_weights():
+            return writer(target, epoch=epoch, step=step)
 
-    actions = SaveActions(model=writer, state=write_state, upload=training.uploader, suffix=writer.suffix)
+    def write_state(folder: Path) -> None:
+        with training.stepper.whole_weights(for_state=True):
+            save_state(folder, training.parts, training.info(position(), saver), run.ranks)
+
+    actions = SaveActions(model=write_model, state=write_state, upload=training.uploader, suffix=writer.suffix)
     saver = Saver(opts.save, opts.state, training.length, actions, run.ranks)
     stored = training.begin.stored
     if stored is not None:

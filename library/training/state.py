@@ -11,15 +11,15 @@ from __future__ import annotations
 import io
 import logging
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 from library.checkpoints.pickles import load_pickle
 from library.checkpoints.tensor_files import NonFiniteWeights, all_finite, open_tensors, write_safetensors
-from library.errors import EXIT_CANNOT_SAVE, EXIT_USER, StopTraining, UserError
-from library.files import CannotSave, NewFile, atomic_folder, fault_point, write_bytes, write_json
+from library.errors import EXIT_CANNOT_SAVE, StopTraining, UserError
+from library.files import CannotSave, atomic_folder, fault_point, write_bytes, write_json
 from library.training.ranks import Ranks
 from library.training.state_files import (
     EMA_NUMBERS,
@@ -40,7 +40,9 @@ from library.training.state_files import (
     next_sequence,
     read_json,
     verify_state,
+    write_pickle,
 )
+from library.training.state_shards import load_shard, shard_files
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +57,9 @@ __all__ = [
     "StateParts",
     "StoredState",
     "find_state",
+    "load_progress",
     "load_state",
+    "load_weights",
     "save_state",
     "state_bytes",
     "verify_state",
@@ -88,9 +92,22 @@ class Stateful(Protocol):
         """Continue from it."""
 
 
+class Shards(Protocol):
+    """Optimizer and exact weights of which each process holds a part, under a name of its rank in a state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's part: tensors and plain values only."""
+
+    def load_state_dict(self, state: Mapping[str, Any], *, keep: Collection[str] = ()) -> None:
+        """Continue from it; entries of the optimizer's groups named in `keep` keep their values."""
+
+
 @dataclass(frozen=True, slots=True)
 class StateParts:
-    """What a state is made of. `modules` (unwrapped) are in the reference's order: denoiser, then text encoder."""
+    """What a state is made of. `modules` (unwrapped) are in the reference's order: denoiser, then text encoder.
+
+    With `shards` they stand for the optimizer's values, and the modules have whole weights while a state is written.
+    """
 
     modules: Mapping[str, nn.Module]
     optimizer: torch.optim.Optimizer
@@ -98,6 +115,7 @@ class StateParts:
     scaler: Stateful | None = None
     objective: Stateful | None = None
     ema: Averages | None = None
+    shards: Shards | None = None
 
 
 def state_bytes(modules: Mapping[str, nn.Module], per_parameter: float = 2.0) -> int:
@@ -105,7 +123,9 @@ def state_bytes(modules: Mapping[str, nn.Module], per_parameter: float = 2.0) ->
     from itertools import chain
 
     tensors = chain.from_iterable((*module.parameters(), *module.buffers()) for module in modules.values())
-    return sum(round(tensor.numel() * (tensor.element_size() + 4 * per_parameter)) for tensor in tensors)
+    # A tensor that is shared between processes has no values here, but says how many it has in all.
+    sizes = ((getattr(tensor, "ds_numel", tensor.numel()), tensor.element_size()) for tensor in tensors)
+    return sum(round(count * (size + 4 * per_parameter)) for count, size in sizes)
 
 
 def save_state(folder: str | Path, parts: StateParts, info: StateInfo, ranks: Ranks | None = None) -> None:
@@ -126,13 +146,14 @@ def save_state(folder: str | Path, parts: StateParts, info: StateInfo, ranks: Ra
     generators = ranks.gather(_generators(info.position.step))
     failure: tuple[str, int] | None = None
     error: StopTraining | None = None
-    if ranks.is_main:
-        filled = replace(info, world=ranks.world, modules=tuple(parts.modules))
-        try:
-            _write_folder(Path(folder), parts, filled, generators)
-        except StopTraining as caught:
-            error, failure = caught, (caught.reason, caught.exit_code)
-    failure = ranks.broadcast(failure)
+    with shard_files(Path(folder), parts.shards, ranks) as shards:
+        if ranks.is_main:
+            filled = replace(info, world=ranks.world, modules=tuple(parts.modules), sharded=bool(shards))
+            try:
+                _write_folder(Path(folder), parts, filled, generators, shards)
+            except StopTraining as caught:
+                error, failure = caught, (caught.reason, caught.exit_code)
+        failure = ranks.broadcast(failure)
     if error is not None:
         raise error
     if failure is not None:
@@ -155,13 +176,27 @@ def load_state(
     Raises:
         UserError: the state does not fit the model or the optimizer, or its weights are not finite.
     """
-    ranks = ranks or Ranks()
-    if len(stored.info.modules) not in (0, len(parts.modules)):
-        saved, now = len(stored.info.modules), len(parts.modules)
+    load_weights(stored, parts.modules)
+    return load_progress(stored, parts, changes, ranks)
+
+
+def load_weights(stored: StoredState, modules: Mapping[str, nn.Module]) -> None:
+    """Do the first half of `load_state`: before modules are compiled, wrapped or shared between processes."""
+    if len(stored.info.modules) not in (0, len(modules)):
+        saved, now = len(stored.info.modules), len(modules)
         hint = "Train the same parts as before (is --stop_text_encoder_training the same?)"
         raise UserError(f"holds {saved} trained models, this run trains {now}", hint, where=str(stored.folder))
-    for name, module in zip(model_names(len(parts.modules)), parts.modules.values(), strict=True):
+    for name, module in zip(model_names(len(modules)), modules.values(), strict=True):
         _load_module(stored.folder / name, module)
+
+
+def load_progress(
+    stored: StoredState, parts: StateParts, changes: Changes | None = None, ranks: Ranks | None = None
+) -> StateInfo:
+    """Do the second half of `load_state`: all but the weights."""
+    ranks = ranks or Ranks()
+    if parts.shards is not None:
+        load_shard(stored, parts.shards, changes, ranks)
     _load_optimizer(stored, parts, changes)
     _load_rest(stored, parts)
     if stored.info.exact and ranks.rank < stored.info.world:
@@ -169,14 +204,16 @@ def load_state(
     return stored.info
 
 
-def _write_folder(folder: Path, parts: StateParts, info: StateInfo, generators: list[bytes]) -> None:
+def _write_folder(
+    folder: Path, parts: StateParts, info: StateInfo, generators: list[bytes], shards: Mapping[str, Path]
+) -> None:
     tensors = {f"{part}.{name}": value for part, names in _weights(parts).items() for name, value in names.items()}
     if bad := all_finite(tensors):
         raise NonFiniteWeights(bad, folder)
     with atomic_folder(folder, size=state_bytes(parts.modules)) as temporary:
         table = FileTable()
         try:
-            for path in _write_parts(temporary, parts):
+            for path in _write_parts(temporary, parts, shards):
                 table.add(path)
                 fault_point("state.between_files")
             for rank, data in enumerate(generators):
@@ -197,36 +234,25 @@ def _weights(parts: StateParts) -> dict[str, dict[str, Tensor]]:
     return {part: module.state_dict() for part, module in parts.modules.items()}
 
 
-def _write_parts(folder: Path, parts: StateParts) -> Iterator[Path]:
+def _write_parts(folder: Path, parts: StateParts, shards: Mapping[str, Path]) -> Iterator[Path]:
     """Write the tensors, yielding each file when it is complete; the largest first, so that it is hashed early."""
-    yield _write_pickle(folder / OPTIMIZER, parts.optimizer.state_dict())
+    for name, path in shards.items():
+        yield path.replace(folder / name)
+    if parts.shards is None:
+        yield write_pickle(folder / OPTIMIZER, parts.optimizer.state_dict())
     for name, weights in zip(model_names(len(parts.modules)), _weights(parts).values(), strict=True):
         write_safetensors(folder / name, weights, {"format": "pt"})
         yield folder / name
-    yield _write_pickle(folder / SCHEDULER, parts.lr_schedule.state_dict())
+    yield write_pickle(folder / SCHEDULER, parts.lr_schedule.state_dict())
     if parts.scaler is not None:
-        yield _write_pickle(folder / SCALER, parts.scaler.state_dict())
+        yield write_pickle(folder / SCALER, parts.scaler.state_dict())
     if parts.objective is not None and (state := parts.objective.state_dict()):
-        yield _write_pickle(folder / OBJECTIVE, state)
+        yield write_pickle(folder / OBJECTIVE, state)
     if parts.ema is not None:
         write_safetensors(folder / EMA_WEIGHTS, parts.ema.tensors(), {"format": "pt"})
         yield folder / EMA_WEIGHTS
         write_json(folder / EMA_NUMBERS, dict(parts.ema.numbers()))
         yield folder / EMA_NUMBERS
-
-
-def _write_pickle(path: Path, value: Any) -> Path:
-    """Write with torch, and see at once that it can be read back without running code."""
-    import torch
-
-    with NewFile(path) as file:
-        torch.save(value, cast("Any", file))
-    try:
-        load_pickle(path)
-    except UserError as error:
-        what = f"{path.name}: this optimizer or schedule keeps objects that cannot be stored safely ({error})"
-        raise StopTraining(what, EXIT_USER) from error
-    return path
 
 
 def _train_state(info: StateInfo) -> dict[str, Any]:
@@ -272,7 +298,10 @@ def _load_optimizer(stored: StoredState, parts: StateParts, changes: Changes | N
     rates = [{key: group[key] for key in ("lr", "initial_lr") if key in group} for group in optimizer.param_groups]
     kept = changes.optimizer_arguments if changes else ()
     path = stored.folder / OPTIMIZER
-    load_optimizer_state(optimizer, load_pickle(path), where=str(path), keep=kept)
+    if parts.shards is None:
+        if stored.info.sharded:
+            raise UserError("was saved with --deepspeed, which this run does not use", where=str(stored.folder))
+        load_optimizer_state(optimizer, load_pickle(path), where=str(path), keep=kept)
     if changes is not None and changes.new_schedule:
         rewind_schedule(parts.lr_schedule, optimizer, rates, stored.info.position.step)
     else:

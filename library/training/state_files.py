@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from library.checkpoints.pickles import load_pickle
 from library.contracts import Position, RunLength
-from library.errors import Problem, UserError
-from library.files import clean_litter
+from library.errors import EXIT_USER, Problem, StopTraining, UserError
+from library.files import NewFile, clean_litter
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +59,8 @@ class StateInfo:
     """All that a state holds besides tensors.
 
     `loss_average`, `tracker` and `saver` are the JSON states of those objects. `exact` is False for states of the
-    reference, which know neither the position in the epoch nor what the run was.
+    reference, which know neither the position in the epoch nor what the run was. `sharded` states hold a part of the
+    optimizer for each process.
     """
 
     position: Position
@@ -72,6 +74,7 @@ class StateInfo:
     world: int = 1
     modules: tuple[str, ...] = ()
     exact: bool = True
+    sharded: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; `from_json` reads them back."""
@@ -160,6 +163,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def write_pickle(path: Path, value: Any) -> Path:
+    """Write with torch, and see at once that it can be read back without running code."""
+    import torch
+
+    with NewFile(path) as file:
+        torch.save(value, cast("Any", file))
+    try:
+        load_pickle(path)
+    except UserError as error:
+        what = f"{path.name}: this optimizer or schedule keeps objects that cannot be stored safely ({error})"
+        raise StopTraining(what, EXIT_USER) from error
+    return path
+
+
 def verify_state(folder: str | Path, *, fast: bool = False) -> StoredState:
     """Check that a state folder is whole and return what it says, without loading a tensor.
 
@@ -206,7 +223,8 @@ def _check_files(folder: Path, files: Any, info: StateInfo, *, fast: bool) -> li
     """Return one problem per file that is not as listed."""
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         return [Problem(str(folder / MANIFEST), "lists no files", _ANOTHER)]
-    needed = {OPTIMIZER, SCHEDULER, *model_names(len(info.modules))}
+    needed = {SCHEDULER, *model_names(len(info.modules))}
+    needed |= {shard_name(rank) for rank in range(info.world)} if info.sharded else {OPTIMIZER}
     needed |= {f"random_states_{rank}.pkl" for rank in range(info.world)}
     problems = [Problem(str(folder / name), "is not listed in resume.json", _ANOTHER) for name in needed - set(files)]
     hashed: list[str] = []
@@ -234,6 +252,11 @@ def _check_files(folder: Path, files: Any, info: StateInfo, *, fast: bool) -> li
 def model_names(count: int) -> list[str]:
     """Return the names of `count` weight files: model.safetensors, model_1.safetensors, ..."""
     return [f"model{'' if index == 0 else f'_{index}'}.safetensors" for index in range(count)]
+
+
+def shard_name(rank: int) -> str:
+    """Return the file of the part of the optimizer that one of several processes holds."""
+    return f"optimizer_shard_{rank}.bin"
 
 
 def find_state(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, cast
 
 from library.training.fused_backward import FusedBackward
 from library.training.non_finite import NonFiniteWatch
 from library.training.stepping import StepOutcome, step_or_skip
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
 
     from library.training.optimizers import BuiltOptimizer
     from library.training.options import OptimizerOptions
@@ -25,7 +28,11 @@ class Stepper:
         scaler: `torch.amp.GradScaler` of float16 training.
         first_step: Updates already done.
         seed: The run's seed.
+        share: Wraps the step so that processes share its gradients; None in a single process.
     """
+
+    shards: Any = None
+    """What a state stores in place of the optimizer, where each process holds a part of it (see `EngineStepper`)."""
 
     def __init__(
         self,
@@ -36,8 +43,10 @@ class Stepper:
         scaler: Any = None,
         first_step: int = 0,
         seed: int = 0,
+        share: Callable[[nn.Module, bool], nn.Module] | None = None,
     ) -> None:
         self.built = built
+        self._share = share
         self.watch = NonFiniteWatch(0 if options.fused_backward_pass else options.max_nan_steps)
         self.newly_skipped: list[int] = []
         """Updates that the last `step` found to have been skipped; on a GPU it learns of an update one later."""
@@ -51,6 +60,24 @@ class Stepper:
             self._fused = FusedBackward(built, options.max_grad_norm, seed=seed)
             self._fused.attach()
             self._fused.begin(first_step)
+
+    def wrap(self, step: nn.Module, *, may_skip_parameters: bool) -> nn.Module:
+        """Return the step as it is called in training; again after what trains has changed."""
+        return step if self._share is None else self._share(step, may_skip_parameters)
+
+    def accumulating(self, module: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+        """Return the context of one micro-batch's forward and backward pass; the last one of an update shares."""
+        if last or self._share is None:
+            return nullcontext()
+        return cast("Any", module).no_sync()
+
+    def observing(self) -> AbstractContextManager[None]:
+        """Return the context in which every rank has all weights."""
+        return nullcontext()
+
+    def whole_weights(self, *, for_state: bool = False) -> AbstractContextManager[None]:
+        """Return the context in which rank 0 has all weights, as they are to be written."""
+        return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch, divided by the number of micro-batches.

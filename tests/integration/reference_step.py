@@ -182,6 +182,12 @@ def token_rows(models: Models, recipe: Recipe, caption: str) -> tuple[Tensor, Te
 
 def text_condition(models: Models, recipe: Recipe, captions: tuple[str, ...]) -> Tensor:
     rows = [token_rows(models, recipe, caption) for caption in captions]
+    if recipe.no_token_padding:  # up to the longest caption of the batch
+        longest = max(ids.shape[1] for ids, _ in rows)
+        rows = [
+            (functional.pad(ids, (0, longest - ids.shape[1]), value=0 if recipe.v2 else END), torch.ones(1, longest))
+            for ids, _ in rows
+        ]
     ids, weights = (torch.stack(column) for column in zip(*rows, strict=True))
     count, chunks, length = ids.shape
     states = models.text(ids.reshape(-1, length), output_hidden_states=True).hidden_states

@@ -1,4 +1,7 @@
-"""One update of train_db.py, from the command line to the saved weights, equals a step that was written independently."""
+"""One update of train_db.py, from the command line to the saved weights, equals a step that was written independently.
+
+Pictures have 128 pixels: at 64 the deepest group norms see two values each, and gradients are mostly rounding errors.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from tests.integration.reference_step import Models, Recipe, largest_error, one_
 from tests.support import train_db
 
 SEED = 11
-TOLERANCE = 2e-3
+TOLERANCE = 1e-3
 """Share of the largest step that float32 arithmetic in another order may be off by."""
 
 LONG = "a yellow duck on a rock by the sea with waves and a blue sky behind it, " * 6
@@ -37,13 +40,13 @@ def folder_sd2_v(model_folder) -> Path:
 
 
 def small_picture(source: str, target: Path, *, alpha: bool = False) -> None:
-    """A photograph of 64x64 pixels as PNG, so that nothing is resized; with alpha its left half is transparent."""
+    """A photograph of 128x128 pixels as PNG, which nothing resizes; with alpha its left half is transparent."""
     with Image.open(PHOTOS / source) as photo:
-        picture = photo.convert("RGB").resize((64, 64))
+        picture = photo.convert("RGB").resize((128, 128))
     if alpha:
-        cover = np.full((64, 64), 255, np.uint8)
-        cover[:, :32] = 0
-        cover[:20, 32:] = 128
+        cover = np.full((128, 128), 255, np.uint8)
+        cover[:, :64] = 0
+        cover[:40, 64:] = 128
         picture.putalpha(Image.fromarray(cover))
     target.parent.mkdir(parents=True, exist_ok=True)
     picture.save(target)
@@ -80,7 +83,7 @@ def run(model: Path, data: Path, out: Path, *argv: str) -> dict[str, torch.Tenso
         "pretrained_model_name_or_path": model,
         "output_dir": out,
         "output_name": "new",
-        "resolution": 64,
+        "resolution": 128,
         "train_batch_size": 2,
         "max_train_steps": 1,
         "seed": SEED,
@@ -225,8 +228,8 @@ def test_alpha_masks(folder_sd1, pictures, tmp_path, batches, cached):
     (batch,) = batches
     masks = {caption: mask for caption, mask in zip(batch.captions, batch.mask, strict=True)}
     mask = masks["a yellow rubber duck"][0]
-    assert (mask[:, :32] == 0).all() and (mask[20:, 32:] == 1).all()
-    torch.testing.assert_close(mask[:20, 32:], torch.full((20, 32), 128 / 255))
+    assert (mask[:, :64] == 0).all() and (mask[40:, 64:] == 1).all()
+    torch.testing.assert_close(mask[:40, 64:], torch.full((40, 64), 128 / 255))
     assert (masks["a pale duck on a blue carpet, at night"] == 1).all()
     assert (batch.latents is not None) == cached
     assert_equal_step(folder_sd1, Recipe(), batches, found)
@@ -236,21 +239,21 @@ def test_alpha_masks(folder_sd1, pictures, tmp_path, batches, cached):
 def test_masked_loss_with_mask_pictures(folder_sd1, pictures, tmp_path, batches, cached):
     """Masks of a dataset configuration: the red channel of a picture of the same name."""
     for number, name in enumerate(("00", "01")):
-        red = np.zeros((64, 64, 3), np.uint8)
+        red = np.zeros((128, 128, 3), np.uint8)
         red[..., 1:] = 255
-        red[10 * number :, 20:, 0] = 200
+        red[20 * number :, 40:, 0] = 200
         (tmp_path / "masks").mkdir(exist_ok=True)
         Image.fromarray(red).save(tmp_path / "masks" / f"{name}.png")
     config = tmp_path / "data.toml"
     config.write_text(
-        "[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\n"
+        "[[datasets]]\nresolution = 128\nbatch_size = 2\n[[datasets.subsets]]\n"
         f'image_dir = "{pictures / "1_duck"}"\nconditioning_data_dir = "{tmp_path / "masks"}"\n'
     )
     argv = (f"--dataset_config={config}", "--masked_loss", *(("--cache_latents",) if cached else ()))
     found = run(folder_sd1, pictures, tmp_path / "out", *argv)
     (batch,) = batches
     levels = sorted(mask.sum().item() for mask in batch.mask)
-    assert levels == pytest.approx([54 * 44 * 200 / 255, 64 * 44 * 200 / 255])
+    assert levels == pytest.approx([108 * 88 * 200 / 255, 128 * 88 * 200 / 255])
     assert_equal_step(folder_sd1, Recipe(), batches, found)
 
 

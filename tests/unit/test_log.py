@@ -23,7 +23,7 @@ def clean(monkeypatch):
     logging.getLogger().setLevel(level)
 
 
-OURS, THEIRS = logging.getLogger("library.test"), logging.getLogger("diffusers.test")
+OURS, THEIRS = logging.getLogger("library.test"), logging.getLogger("other_library.test")
 
 
 @pytest.mark.parametrize(

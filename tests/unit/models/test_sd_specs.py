@@ -68,8 +68,10 @@ def test_a_guess_from_weights_only_warns(models, caplog):
 def test_missing_file_names_its_neighbours(models):
     with pytest.raises(UserError, match=r"first_model\.safetensors"):
         spec_of(models["sd1"].with_name("frist_model.safetensors"))
-    with pytest.raises(UserError, match="no model is given"):
-        stable_diffusion_spec(ModelOptions())
+
+
+def test_without_a_model_the_flags_decide():
+    assert stable_diffusion_spec(ModelOptions(v2=True)) == specs.SD2
 
 
 def test_hub_ids_are_left_for_later(caplog):
