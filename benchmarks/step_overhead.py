@@ -5,8 +5,9 @@ U-Net and text encoder and fused AdamW on tensors that are in memory already, an
 full` is SD 1.5 in float32 with 256x256 pictures (it needs 18 GB of memory); `--size tiny` keeps all layers, with few
 channels, at 64 pixels: the time that one CPU thread needs to issue a step.
 
-CPU seconds of whole processes with one thread of torch, those of the loader's thread included. Every measurement runs
-in a process of its own; of several the median of the best one counts.
+train_db.py runs as a person runs it. After each of its updates the bare loop makes one with the same model, optimizer
+and memory, so that whatever else the machine does meets both alike. Medians of CPU seconds of the whole process with
+one thread of torch, those of the loader's thread included.
 
     python benchmarks/step_overhead.py
     python benchmarks/step_overhead.py --size full
@@ -16,9 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,11 +32,13 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.report import report  # noqa: E402
 
 WARM_UP = 2
-LEARNING_RATE = 1e-6
-SIZES = {"tiny": (64, 60, 3, 1.15), "full": (256, 6, 1, 1.03)}
-"""By size: pixels, updates, processes of each kind, limit of the ratio."""
+SIZES = {"tiny": ("thin", 64, 100, 1.15), "full": ("full", 256, 7, 1.03)}
+"""By size: name of the random model, pixels, updates, limit of the ratio."""
 FORWARD, BACKWARD, STEP = "text encoder and U-Net", "backward", "optimizer"
-PARTS = (FORWARD, BACKWARD, STEP, "norm of the gradients", "noise and timestep", "loss", "curves", "between updates")
+NORM, NOISE, REST = "norm of the gradients", "noise and timestep", "everything else"
+PARTS = (FORWARD, BACKWARD, STEP, NORM, NOISE, "loss", "curves", "between updates")
+
+WHOLE = "whole update"
 
 Times = dict[str, list[float]]
 
@@ -53,40 +53,38 @@ def clocked(times: Times, part: str) -> Iterator[None]:
 
 
 def new_update(times: Times) -> None:
-    for part in (*PARTS, "all"):
+    for part in (*PARTS, WHOLE):
         times[part].append(0.0)
 
 
-def bare_loop(model: Path, pixels: int, updates: int) -> Times:
-    """The arithmetic alone."""
-    import torch
+class BareLoop:
+    """The arithmetic alone, on the model and with the optimizer of a training run."""
 
-    from library.models.family import WeightPlan
-    from library.models.options import MemoryOptions, ModelOptions, TextOptions
-    from library.models.sd import StableDiffusion
-    from library.models.specs import stable_diffusion_spec
+    def __init__(self, training: Any, pixels: int) -> None:
+        import torch
 
-    options = ModelOptions(pretrained_model_name_or_path=str(model))
-    spec = stable_diffusion_spec(options)
-    family = StableDiffusion.load(options, TextOptions(), MemoryOptions(), spec=spec, weights=WeightPlan())
-    modules = torch.nn.ModuleList([family.unet, family.text_encoder]).train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=LEARNING_RATE, fused=True)
-    latents, noise = torch.randn(2, 1, 4, pixels // 8, pixels // 8)
-    ids, timestep = torch.from_numpy(family.tokenizers[0].encode("a photo of sks duck")[0])[None], torch.tensor([500])
-    times: Times = defaultdict(list)
-    for _ in range(updates):
+        self.family, self.optimizer = training.family, training.built.optimizer
+        self.latents, self.noise = torch.randn(2, 1, 4, pixels // 8, pixels // 8)
+        self.ids = torch.from_numpy(self.family.tokenizers[0].encode("a photo of sks duck")[0])[None]
+        self.timestep = torch.tensor([500])
+        self.loss = torch.nn.functional.mse_loss
+        self.step = torch.optim.AdamW.step
+        if not (isinstance(self.optimizer, torch.optim.AdamW) and self.optimizer.defaults["fused"]):
+            raise TypeError("train_db.py was to use the fused AdamW")
+
+    def update(self, times: Times) -> None:
         new_update(times)
-        with clocked(times, "all"):
+        with clocked(times, WHOLE):
             with clocked(times, FORWARD):
-                hidden = family.encode_text((ids,)).hidden
-                prediction = family.unet(latents, timestep, encoder_hidden_states=hidden, return_dict=False)[0]
-            loss = torch.nn.functional.mse_loss(prediction, noise)
+                hidden = self.family.encode_text((self.ids,)).hidden
+                unet = self.family.unet
+                prediction = unet(self.latents, self.timestep, encoder_hidden_states=hidden, return_dict=False)[0]
+            loss = self.loss(prediction, self.noise)
             with clocked(times, BACKWARD):
                 loss.backward()
             with clocked(times, STEP):
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    return times
+                self.step(self.optimizer)
+            self.optimizer.zero_grad(set_to_none=True)
 
 
 def watch(owner: Any, name: str, times: Times, part: str, *, less: tuple[str, ...] = ()) -> None:
@@ -94,7 +92,7 @@ def watch(owner: Any, name: str, times: Times, part: str, *, less: tuple[str, ..
     inner: Callable[..., Any] = getattr(owner, name)
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        if not times["all"]:  # not in the loop yet
+        if not times[WHOLE]:  # not in the loop yet
             return inner(*args, **kwargs)
         before = sum(times[other][-1] for other in less)
         with clocked(times, part):
@@ -105,8 +103,8 @@ def watch(owner: Any, name: str, times: Times, part: str, *, less: tuple[str, ..
     setattr(owner, name, watched)
 
 
-def watch_training(times: Times) -> None:
-    """Measure the parts of the toolkit's updates, and leave out its last save."""
+def watch_training(times: Times, bare: Times, pixels: int) -> None:
+    """Measure the parts of the toolkit's updates, each followed by a bare one, and leave out the last save."""
     from library.models.sd import StableDiffusion
     from library.training import stepping
     from library.training.loop import Loop
@@ -117,33 +115,37 @@ def watch_training(times: Times) -> None:
 
     watch(StableDiffusion, "condition", times, FORWARD)
     watch(StableDiffusion, "denoise", times, FORWARD)
-    watch(DDPMObjective, "noise", times, "noise and timestep")
-    watch(TrainStep, "forward", times, "loss", less=(FORWARD, "noise and timestep"))
+    watch(DDPMObjective, "noise", times, NOISE)
+    watch(TrainStep, "forward", times, "loss", less=(FORWARD, NOISE))
     watch(Stepper, "backward", times, BACKWARD)
-    watch(stepping, "gradient_norm", times, "norm of the gradients")
-    watch(Stepper, "step", times, STEP, less=("norm of the gradients",))
+    watch(stepping, "gradient_norm", times, NORM)
+    watch(Stepper, "step", times, STEP, less=(NORM,))
     watch(Loop, "_track", times, "curves")
     watch(Loop, "_between_updates", times, "between updates")
-    watch(Loop, "_between_updates", times, "all")
-    update = Loop._update
+    update, between = Loop._update, Loop._between_updates
+    loops: list[BareLoop] = []
 
     def whole(self: Loop, batches: Any) -> None:
         new_update(times)
-        with clocked(times, "all"):
+        with clocked(times, WHOLE):
             update(self, batches)
 
-    Loop._update = whole  # type: ignore[method-assign]
+    def then_bare(self: Loop) -> None:
+        with clocked(times, WHOLE):
+            between(self)
+        if not loops:
+            loops.append(BareLoop(self.training, pixels))
+        loops[0].update(bare)
+
+    Loop._update, Loop._between_updates = whole, then_bare  # type: ignore[method-assign]
     Saver.finish = lambda self, position: None  # type: ignore[method-assign]
 
 
-def toolkit_loop(model: Path, pixels: int, updates: int) -> Times:
-    """What train_db.py does, on latents cached in memory."""
+def train(model: Path, pixels: int, updates: int) -> None:
+    """Run train_db.py on latents cached in memory."""
     import train_db
 
-    times: Times = defaultdict(list)
-    watch_training(times)
-    folder = Path(tempfile.mkdtemp(dir=model.parent))
-    dataset = folder / "data.toml"
+    dataset = model.parent / "data.toml"
     dataset.write_text(
         f"[[datasets]]\nresolution = {pixels}\nbatch_size = 1\n[[datasets.subsets]]\n"
         f"image_dir = '{ROOT / 'examples/photos/duck'}'\nnum_repeats = 100\n"
@@ -151,67 +153,57 @@ def toolkit_loop(model: Path, pixels: int, updates: int) -> Times:
     options = {
         "pretrained_model_name_or_path": model,
         "dataset_config": dataset,
-        "output_dir": folder / "out",
-        "logging_dir": folder / "logs",
+        "output_dir": model.parent / "out",
+        "logging_dir": model.parent / "logs",
         "max_train_steps": updates,
         "max_data_loader_n_workers": 0,
-        "learning_rate": LEARNING_RATE,
+        "learning_rate": 1e-6,
         "seed": 1,
     }
-    with contextlib.suppress(SystemExit):
+    try:
         train_db.main([*(f"--{name}={value}" for name, value in options.items()), "--cache_latents"])
-    return times
+    except SystemExit as end:
+        if end.code:
+            raise
 
 
-def measure(kind: str, model: Path, size: str, updates: int) -> None:
-    """Child process: print seconds per update of each part."""
+def measure(size: str, updates: int | None) -> tuple[dict[str, float], dict[str, float]]:
+    """Return median seconds of each part of an update, of the bare loop and of train_db.py."""
     import torch
 
+    from library.models.random_models import make_random_sd
+
     torch.set_num_threads(1)
-    loop = bare_loop if kind == "bare" else toolkit_loop
-    times = loop(model, SIZES[size][0], updates)
-    if len(times["all"]) != updates:
-        sys.exit(f"{len(times['all'])} updates instead of {updates}")
-    print(json.dumps({part: median(found[WARM_UP:]) for part, found in times.items()}))
-
-
-def run(kind: str, model: Path, size: str, updates: int) -> dict[str, float]:
-    command = [sys.executable, __file__, f"--kind={kind}", f"--model={model}", f"--size={size}", f"--updates={updates}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    kind, pixels, usual, _ = SIZES[size]
+    bare: Times = defaultdict(list)
+    ours: Times = defaultdict(list)
+    watch_training(ours, bare, pixels)
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_random_sd(Path(folder) / "model.safetensors", family="sd1", size=kind)
+        train(model, pixels, updates or usual)
+    found = []
+    for times in (bare, ours):
+        found.append({part: median(seconds[WARM_UP:]) for part, seconds in times.items()})
+        found[-1][REST] = found[-1][WHOLE] - sum(found[-1][part] for part in PARTS)
+    return found[0], found[1]
 
 
 def compare(size: str, updates: int | None) -> list[dict[str, Any]]:
-    from library.models.random_models import make_random_sd
-
-    _, usual, rounds, limit = SIZES[size]
-    found: dict[str, list[dict[str, float]]] = {"bare": [], "toolkit": []}
-    with tempfile.TemporaryDirectory() as folder:
-        model = make_random_sd(
-            Path(folder) / "model.safetensors", family="sd1", size="thin" if size == "tiny" else size
-        )
-        for _ in range(rounds):
-            for kind, results in found.items():
-                results.append(run(kind, model, size, updates or usual))
-    bare, ours = (min(results, key=lambda result: result["all"]) for results in found.values())
-    for times in (bare, ours):
-        times["everything else"] = times["all"] - sum(times[part] for part in PARTS)
-    whole = bare["all"]
+    bare, ours = measure(size, updates)
     rows = []
-    for part in (*PARTS, "everything else", "all"):
+    for part in (*PARTS, REST, WHOLE):
+        more = (ours[part] - bare[part]) / bare[WHOLE]
         rows.append(
             {
-                "part": part if part != "all" else "whole update",
+                "part": part,
                 "bare loop, ms": 1000 * bare[part],
                 "train_db.py, ms": 1000 * ours[part],
-                "more, share of the bare loop": (ours[part] - bare[part]) / whole,
-                "ratio": ours[part] / whole if part == "all" else "",
-                "limit": limit if part == "all" else "",
+                "more, %": 100 * more,
+                "ratio": "",
+                "limit": "",
             }
         )
+    rows[-1] |= {"ratio": ours[WHOLE] / bare[WHOLE], "limit": SIZES[size][3]}
     return rows
 
 
@@ -220,12 +212,7 @@ def main() -> None:
     parser.add_argument("--size", choices=tuple(SIZES), default="tiny")
     parser.add_argument("--updates", type=int, default=None)
     parser.add_argument("--output")
-    parser.add_argument("--kind", choices=("bare", "toolkit"), help=argparse.SUPPRESS)
-    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.kind:
-        measure(args.kind, args.model, args.size, args.updates)
-        return
     report(f"step_overhead_{args.size}", compare(args.size, args.updates), args.output)
 
 

@@ -135,8 +135,13 @@ def _guarded(work: Callable[[], object]) -> int:
 def _user_error(error: UserError, *, quiet: bool = False) -> int:
     if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
         traceback.print_exception(error)
-    lines = "\n".join(f"error: {log.safe_text(problem)}" for problem in error.problems)
+    lines = "\n".join(f"error: {_problem_text(problem)}" for problem in error.problems)
     return _finish("user error", EXIT_USER, lines, quiet=quiet)
+
+
+def _problem_text(problem: Problem) -> str:
+    """Return a problem as one line; a hint that begins with a line end is a table, whose makers escape its cells."""
+    return log.safe_text(problem, keep_newlines=problem.hint.startswith("\n"))
 
 
 def _stopped(stop: StopTraining) -> int:

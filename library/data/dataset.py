@@ -305,7 +305,7 @@ def open_data(
         # It offers what training uses of `TrainingData`.
         return cast(TrainingData, open_foreign(data, spec, tokenizers))
     specs = load_dataset_specs(data, subset, kinds=kinds, bucket_step_multiple=spec.bucket_step_multiple)
-    raise_problems(_cache_problems(specs, cache))
+    raise_problems([*_cache_problems(specs, cache), *_mask_problems(specs, data)])
     context = replace(context or ScanContext(), cache_dir=cache.cache_dir, latent_suffix=spec.latent_cache_suffix)
     found = scan_datasets(specs, data, context)
     choosers = [chooser.place for chooser in found.choosers]
@@ -350,6 +350,14 @@ def _cache_problems(specs: Sequence[DatasetSpec], cache: CacheOptions) -> Iterat
                 yield Problem(subset.label, f"{name} needs the pictures at every visit", "Drop it or --cache_latents.")
         if subset.face_crop_aug_range is not None:
             _log.warning("%s: face_crop_aug_range has no effect on cached latents", subset.label)
+
+
+def _mask_problems(specs: Sequence[DatasetSpec], data: DatasetOptions) -> Iterator[Problem]:
+    """Yield that `--masked_loss` has nothing to work with; where only some subsets have masks, the others count fully."""
+    subsets = [subset for spec in specs for subset in spec.subsets]
+    if data.masked_loss and not any(subset.conditioning_data_dir or subset.alpha_mask for subset in subsets):
+        hint = "Name a conditioning_data_dir in the subsets of a --dataset_config, or use --alpha_mask."
+        yield Problem("--masked_loss", "there are no masks", hint)
 
 
 def place_all(table: RecordTable, choosers: Sequence[Callable[[tuple[int, int]], Placement]]) -> Placements:

@@ -214,8 +214,6 @@ def _missing_keys(entry: Mapping[str, Any], kind: str, where: str) -> Iterator[P
 
 def _from_command_line(data: DatasetOptions, subset: SubsetOptions, script: _Script, in_json: str | None) -> _Source:
     source = _Source()
-    if data.conditioning_data_dir and script.kinds != (CONTROLNET,):
-        _log.warning("--conditioning_data_dir has no effect here: name it in the subsets of a --dataset_config")
     if not data.train_data_dir and not (in_json and FINETUNING in script.kinds):
         problem = Problem("", "no training data named", "Give --train_data_dir or --dataset_config.")
         source.problems.append(problem)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,6 +28,7 @@ from library.data.cache_names import LEGACY as OLD_NAME
 from library.data.cache_names import CacheRules, LatentNeed, cache_path
 from library.data.caches import BrokenCache, CachedLatents
 from library.errors import UserError
+from library.lock_file import process_alive
 from library.new_file import format_bytes
 
 NOWHERE, OWN, LEGACY, OTHER, MEMORY = range(5)
@@ -34,6 +37,8 @@ READ_ONLY_FOLDER = "folder is not writable, kept in memory"
 SHARED_NAME = "another image or resizing uses the same file, kept in memory"
 
 _CHUNK = 256
+_PREFIX = "latents-"
+_LITTER_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +130,8 @@ class LatentMemory:
         Raises:
             UserError: there is not enough space.
         """
-        holder = tempfile.mkdtemp(prefix="latents-", dir=folder)
+        _clean_litter(Path(folder or tempfile.gettempdir()))
+        holder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=folder)
         path = Path(holder) / "latents.bin"
         total = max(int(slots.sum()), 1)
         try:
@@ -159,6 +165,16 @@ def _reserve(path: Path, size: int) -> None:
             os.posix_fallocate(file.fileno(), 0, size)
         else:
             file.truncate(size)
+
+
+def _clean_litter(folder: Path) -> None:
+    """Remove what killed runs left: such files are large."""
+    for left in folder.glob(f"{_PREFIX}*"):
+        pid = left.name.removeprefix(_PREFIX).partition("-")[0]
+        with suppress(OSError):
+            old = time.time() - left.stat().st_mtime > _LITTER_SECONDS
+            if pid.isdigit() and old and not process_alive(int(pid)):
+                files.remove_tree(left)
 
 
 def _remove(folder: str, owner: int) -> None:

@@ -59,6 +59,9 @@ class Loop:
     def train(self) -> None:
         """Run all updates, then the final saves."""
         total = self.training.length.total_steps
+        log.summary.step = self.position.step
+        if self.run.begin.stored is not None:
+            log.summary.last_state = str(self.run.begin.stored.folder)
         if self.run.begin.finished:
             logger.info("nothing to do: all %d updates of this run are done", total)
         elif self.sampler.wants_first(self.position.step):
@@ -76,7 +79,9 @@ class Loop:
                 raise
         self.training.tracker.flush()
         self.training.stepper.watch.flush()
-        self.saver.finish(self.position)
+        # A launcher that restarts a finished run again and again must not pile up copies of its last model.
+        if not (self.run.begin.finished and self.saver.final_is_there()):
+            self.saver.finish(self.position)
         self._summarise()
         if self.training.uploader is not None:
             self.training.uploader.close()
@@ -221,4 +226,4 @@ class Loop:
             log.summary.skip("sample pictures that failed", self.sampler.failures)
         if self.saver.failures:
             log.summary.skip("saves that failed", len(self.saver.failures))
-        logger.info("done: %s", self.saver.last_model)
+        logger.info("done: %s", self.saver.last_model or "no model was written")

@@ -9,6 +9,7 @@ from typing import Any
 
 from library.contracts import Position, RunLength
 from library.errors import Problem, UserError
+from library.log import safe_text
 from library.training.state_files import Identity, StateInfo
 
 _RATES = frozenset({"learning_rate", "learning_rate_te", "unet_lr", "text_encoder_lr"})
@@ -196,9 +197,9 @@ def _table(changes: tuple[Difference, ...]) -> str:
 
 
 def _label(change: Difference) -> str:
-    return f"--{change.name}" if change.is_option else f"{change.group}: {change.name}"
+    return safe_text(f"--{change.name}" if change.is_option else f"{change.group}: {change.name}")
 
 
 def _short(value: Any, limit: int = 48) -> str:
-    text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
+    text = safe_text(json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -125,6 +125,12 @@ class Saver:
         if found:
             raise found[0]
 
+    def final_is_there(self) -> bool:
+        """Whether the final model of the run that is continued was saved in this format and is still in place."""
+        stem = SavePoint("final").stem(self._save.output_name)
+        name = stem + self._actions.suffix
+        return bool(self._ranks.broadcast(self._models.get(stem) == name and (self._folder / name).exists()))
+
     def save_state_now(self, position: Position, *, insist: bool = False) -> Path | None:
         """Save a state because of a signal or an error, named by its step; at most one per step.
 

@@ -104,41 +104,74 @@ def test_workers_do_not_change_the_result(tiny_sd1, photo_folders, tmp_path):
     assert len(digests) == 1
 
 
-def child_command(*argv: str) -> list[str]:
-    return [sys.executable, str(ROOT / "train_db.py"), *argv]
+FAULTS = (
+    "step.backward:kill9:3",
+    "step.optimizer_mid:kill9:2",
+    "step.after:kill9:2",
+    "save.mid:kill9:20",
+    "save.before_replace:kill9:3",
+    "state.between_files:kill9:5",
+    "state.before_manifest:kill9:2",
+    "loader.get:kill9:4",
+)
 
 
-def run_child(argv: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(child_command(*argv), capture_output=True, text=True, env=env, timeout=300, check=False)
+def resumed_until_done(fork_server, argv, faults) -> None:
+    """Run, killed at one fault after the other; then once to the end."""
+    for number, fault in enumerate(faults):
+        child = fork_server.run(
+            "train_db.py", [*argv, *(["--resume=latest"] if number else [])], env={"SD_FAULT": fault}
+        )
+        assert child.returncode in (-signal.SIGKILL, 0), f"{fault}: {child.output()}"
+    finished = fork_server.run("train_db.py", [*argv, "--resume=latest"])
+    assert finished.returncode == 0, finished.output()
 
 
-def test_killed_at_fault_points_and_resumed_with_latest(tiny_sd1, photo_folders, tmp_path):
-    """SIGKILL between saves, inside a save and inside a step; `--resume latest` finds the newest complete state."""
+def test_killed_at_every_fault_point_and_resumed(fork_server, tiny_sd1, photo_folders, tmp_path):
+    """SIGKILL between saves, inside a save and inside a step; `--resume latest` finds the newest whole state."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     saving = ["--save_state", "--save_every_n_steps=1"]
     assert train_db(*options(tiny_sd1, photo_folders, straight, *saving)) == 0
-    argv = options(tiny_sd1, photo_folders, killed, *saving)
-    faults = ("step.backward:kill9:3", "state.between_files:kill9:2", "save.before_replace:kill9:1")
-    for number, fault in enumerate(faults):
-        resume = ["--resume=latest"] if number else []
-        assert run_child([*argv, *resume], SD_FAULT=fault).returncode == -signal.SIGKILL, fault
-    finished = run_child([*argv, "--resume=latest"])
-    assert finished.returncode == 0, finished.stderr
+    for fault in FAULTS:
+        out = killed / fault.replace(":", "_")
+        argv = options(tiny_sd1, photo_folders, out, *saving)
+        resumed_until_done(fork_server, argv, [fault])
+        assert tensor_digest(out / FINAL) == tensor_digest(straight / FINAL), fault
+
+
+def test_killed_again_and_again_with_workers_and_caches(fork_server, tiny_sd1, photo_folders, tmp_path):
+    more = ["--save_state", "--save_every_n_steps=1", "--max_data_loader_n_workers=2", "--cache_latents_to_disk"]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    argv = options(tiny_sd1, photo_folders, killed, *more)
+    resumed_until_done(fork_server, argv, ["cache.mid:kill9:2", "step.forward:kill9:3", "step.after:kill9:2"])
+    child = fork_server.run("train_db.py", options(tiny_sd1, photo_folders, straight, *more))
+    assert child.returncode == 0, child.output()
     assert tensor_digest(killed / FINAL) == tensor_digest(straight / FINAL)
 
 
 @pytest.mark.parametrize(("action", "status"), [("int", 130), ("term", 143)])
-def test_signals_finish_the_step_save_a_state_and_say_how_to_go_on(tiny_sd1, photo_folders, tmp_path, action, status):
-    out = tmp_path / "out"
+def test_signals_finish_the_step_save_a_state_and_say_how_to_go_on(
+    fork_server, tiny_sd1, photo_folders, tmp_path, action, status
+):
+    out, straight = tmp_path / "out", tmp_path / "straight"
     argv = options(tiny_sd1, photo_folders, out)
-    stopped = run_child(argv, SD_FAULT=f"step.forward:{action}:3")
-    assert stopped.returncode == status, stopped.stderr
-    assert "--resume" in stopped.stderr.strip().splitlines()[-1]
+    stopped = fork_server.run("train_db.py", argv, env={"SD_FAULT": f"step.forward:{action}:3"})
+    assert stopped.returncode == status, stopped.output()
+    assert "--resume" in stopped.output().strip().splitlines()[-1]
     summary = json.loads((out / "run_summary.json").read_text())
     assert summary["exit_code"] == status and summary["last_state"]
-    assert run_child([*argv, "--resume=latest"]).returncode == 0
-    straight = tmp_path / "straight"
+    resumed = fork_server.run("train_db.py", [*argv, "--resume=latest"])
+    assert resumed.returncode == 0, resumed.output()
+    assert train_db(*options(tiny_sd1, photo_folders, straight)) == 0
+    assert tensor_digest(out / FINAL) == tensor_digest(straight / FINAL)
+
+
+def test_an_error_in_the_loop_saves_the_last_whole_update(fork_server, tiny_sd1, photo_folders, tmp_path):
+    out, straight = tmp_path / "out", tmp_path / "straight"
+    argv = options(tiny_sd1, photo_folders, out)
+    failed = fork_server.run("train_db.py", argv, env={"SD_FAULT": "step.backward:raise:4"})
+    assert failed.returncode == 1 and (out / "duck-step00000003-state" / "resume.json").exists(), failed.output()
+    assert fork_server.run("train_db.py", [*argv, "--resume=latest"]).returncode == 0
     assert train_db(*options(tiny_sd1, photo_folders, straight)) == 0
     assert tensor_digest(out / FINAL) == tensor_digest(straight / FINAL)
 

@@ -398,6 +398,19 @@ def test_memory_files_do_not_outlive_their_owner(tmp_path):
     assert not path.exists() and list(tmp_path.iterdir()) == []
 
 
+def test_memory_files_of_killed_runs_are_removed(tmp_path):
+    import os
+
+    ended = 2**22 - 3  # above any number that this system gives out
+    for name, age in ((f"latents-{ended}-a", 3600), (f"latents-{ended}-b", 0), (f"latents-{os.getpid()}-c", 3600)):
+        (tmp_path / name).mkdir()
+        stamp = (tmp_path / name).stat().st_mtime - age
+        os.utime(tmp_path / name, (stamp, stamp))
+    memory = LatentMemory.create(np.array([8]), str(tmp_path))
+    left = {path.name for path in tmp_path.iterdir()} - {Path(memory.path).parent.name}
+    assert left == {f"latents-{ended}-b", f"latents-{os.getpid()}-c"}
+
+
 # Whole data
 
 
