@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.report import report  # noqa: E402
 
 NAMES = ROOT / "tests" / "golden" / "ckpt_keys_sd15.json"
 FIXED = (49408, 77, 1000)
@@ -186,7 +187,7 @@ def measure(task: str, path: Path, folder: Path) -> None:
 
 
 def run(task: str, path: Path, folder: Path, repeats: int) -> dict[str, float]:
-    """Return the best of several processes that do one task."""
+    """Return the best times of several processes that do one task, and the most memory."""
     command = [sys.executable, __file__, "--task", task, "--file", str(path), "--folder", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     results = []
@@ -197,7 +198,8 @@ def run(task: str, path: Path, folder: Path, repeats: int) -> dict[str, float]:
         results.append(json.loads(done.stdout.splitlines()[-1]))
         for left in folder.glob("out.*"):
             left.unlink()
-    return {key: min(result[key] for result in results) for key in results[0]}
+    choice = {"wall_s": min, "cpu_s": min, "private_mb": max}
+    return {key: choose(result[key] for result in results) for key, choose in choice.items()}
 
 
 def main() -> None:
@@ -205,7 +207,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, choices=(0.5, 1.0), help="factor of all widths")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the files go (default: a temporary folder)")
-    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--output")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -213,14 +215,11 @@ def main() -> None:
         measure(args.task, args.file, args.folder)
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        report = compare(Path(name), args.scale, args.repeats)
-    print_table(report)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        rows = compare(Path(name), args.scale, args.repeats)
+    report("checkpoint_io", rows, args.output)
 
 
-def compare(folder: Path, scale: float, repeats: int) -> dict:
+def compare(folder: Path, scale: float, repeats: int) -> list[dict]:
     from library.checkpoints.load import load_parts
     from library.checkpoints.save import save_checkpoint
     from library.models.specs import stable_diffusion_family
@@ -229,27 +228,17 @@ def compare(folder: Path, scale: float, repeats: int) -> dict:
     make_file(files["safetensors"], scale)
     parts = load_parts(str(files["safetensors"]), "sd1")
     save_checkpoint(files["ckpt"], "ckpt", parts, spec=stable_diffusion_family("sd1"))
-    size = files["safetensors"].stat().st_size
     rows = []
     for verb, tasks in TASKS.items():
         base = run(f"{verb} reference", files["safetensors"], folder, repeats)
-        rows.append({"task": f"{verb} reference", **base})
-        for task in tasks:
-            source = files["safetensors"] if verb == "save" else files[task]
-            found = run(f"{verb} {task}", source, folder, repeats)
+        for task in ("reference", *tasks):
+            source = files["safetensors"] if verb == "save" else files.get(task, files["safetensors"])
+            found = base if task == "reference" else run(f"{verb} {task}", source, folder, repeats)
             ratios = {f"{kind}_ratio": found[f"{kind}_s"] / base[f"{kind}_s"] for kind in ("cpu", "wall")}
-            rows.append({"task": f"{verb} {task}", **found, **ratios, "limit": LIMITS[verb]})
-    machine = {"python": platform.python_version(), "machine": platform.platform(), "cpus": os.cpu_count()}
-    return {"bytes": size, "machine": machine, "rows": rows}
-
-
-def print_table(report: dict) -> None:
-    print(f"checkpoint of {report['bytes'] / 1e9:.2f} GB, one thread, best of several processes")
-    print(f"{'task':<24}{'CPU s':>8}{'wall s':>8}{'CPU x':>8}{'wall x':>8}{'limit':>7}{'private MB':>12}")
-    for row in report["rows"]:
-        ratios = [f"{row[key]:.2f}" if row.get(key) else "" for key in ("cpu_ratio", "wall_ratio", "limit")]
-        cells = f"{row['cpu_s']:>8.2f}{row['wall_s']:>8.2f}{ratios[0]:>8}{ratios[1]:>8}{ratios[2]:>7}"
-        print(f"{row['task']:<24}{cells}{row['private_mb']:>12.0f}")
+            limit = "" if task == "reference" else LIMITS[verb]
+            rows.append({"task": f"{verb} {task}", **found, **ratios, "limit": limit})
+            rows[-1]["file_gb"] = files["safetensors"].stat().st_size / 1e9
+    return rows
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "tests" / "unit" / "data"))
 
 from benchmarks.report import report  # noqa: E402
 
-EPOCHS = 6
+EPOCHS = 12
 STEP_SECONDS = 0.03
 LIMITS_MS = {"latents": 5.0, "pixels": 50.0}
 

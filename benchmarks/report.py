@@ -31,12 +31,14 @@ def cpu_seconds(work: Callable[[], object]) -> tuple[float, float]:
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
-def child_cpu_seconds(command: list[str], **environment: str) -> float:
-    """Return user plus system seconds of a child process and its children."""
+def child_cpu_seconds(command: list[str], *, status: int = 0, **environment: str) -> float:
+    """Return user plus system seconds of a child process, which shall end with `status`, and its children."""
     import subprocess
 
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, check=False, capture_output=True, env={**os.environ, **environment})
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, **environment})
+    if done.returncode != status:
+        sys.exit(f"{' '.join(command)} ended with {done.returncode}: {done.stderr}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime)
 

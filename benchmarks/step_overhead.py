@@ -73,6 +73,7 @@ class BareLoop:
             raise TypeError("train_db.py was to use the fused AdamW")
 
     def update(self, times: Times) -> None:
+        """Make one update."""
         new_update(times)
         with clocked(times, WHOLE):
             with clocked(times, FORWARD):

@@ -40,9 +40,8 @@ def load_parts(name: str, family: str, vae: str | None = None) -> LoadedParts:
     path = resolve_model(name)
     loaded = _load_folder(path, name, family, vae) if path.is_dir() else _load_file(path, name, family, vae)
     where = str(path)
-    check_size(loaded.unet, where)
-    check_size(loaded.text, where)
-    check_size(loaded.vae, vae or where)
+    for tensors, origin in ((loaded.unet, where), (loaded.text, where), (loaded.vae, vae or where)):
+        check_tensors(tensors, origin)
     return loaded
 
 
@@ -62,8 +61,13 @@ def load_vae(name: str) -> Part:
     return vae_part(_open_file(path).tensors, str(path))
 
 
-def check_size(tensors: Mapping[str, Any], where: str) -> None:
-    """Refuse parts too large to be a Stable Diffusion model, before anything is allocated for them."""
+def check_tensors(tensors: Mapping[str, Any], where: str) -> None:
+    """Refuse parts that are no Stable Diffusion model: whole numbers for weights, or absurdly many of them."""
+    odd = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    if odd:
+        kind = str(tensors[odd[0]].dtype).removeprefix("torch.")
+        what = f"{len(odd)} weights are {kind}, such as {odd[0]}: quantized models cannot be trained"
+        raise UserError(what, "Get the model in float32, float16 or bfloat16", where=where)
     count = model_configs.parameter_count(shapes_of(tensors))
     if count > model_configs.MAX_PARAMETERS:
         raise UserError(f"has {count} parameters (limit {model_configs.MAX_PARAMETERS})", where=where)

@@ -1,4 +1,4 @@
-"""What a saved model says about itself: ModelSpec 1.0.1 entries, merged with the `ss_` entries of the trainer. Light.
+"""What a saved model says about itself: the entries of ModelSpec 1.0.1. Light.
 
 All values are strings, as the header of a safetensors file wants them. Nothing here holds a path.
 """
@@ -10,7 +10,6 @@ import datetime
 import logging
 import mimetypes
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,13 +105,3 @@ def thumbnail_url(value: str | None) -> str | None:
         return None
     mime = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
     return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"
-
-
-def merge_metadata(*tables: Mapping[str, Any]) -> dict[str, str]:
-    """Merge tables of entries, later ones winning, and write every value as a string (None as ``None``)."""
-    return {name: value if isinstance(value, str) else str(value) for table in tables for name, value in table.items()}
-
-
-def prefixed(table: Mapping[str, Any], prefix: str = "ss_") -> dict[str, Any]:
-    """Return a table with `prefix` before every name that lacks it."""
-    return {name if name.startswith(prefix) else prefix + name: value for name, value in table.items()}

@@ -11,7 +11,7 @@ from library.checkpoints import key_maps, model_configs
 from library.checkpoints.ckpt_writer import write_ckpt
 from library.checkpoints.folders import as_json, without_paths
 from library.checkpoints.parts import ModelParts, SaveSettings, SourceInfo
-from library.checkpoints.tensor_files import write_safetensors
+from library.checkpoints.tensor_files import NonFiniteWeights, stored_size, write_safetensors
 from library.files import atomic_folder, write_bytes
 
 if TYPE_CHECKING:
@@ -46,14 +46,19 @@ def save_folder(
         settings: precision, and whether the schedule was rescaled.
     """
     options: dict[str, Any] = {"precision": settings.precision, "require_finite": not settings.allow_nan}
-    with atomic_folder(target) as folder:
+    weights = _weights(parts, source, safetensors=kind == "diffusers_safetensors")
+    size = sum(stored_size(tensor, settings.precision) for table in weights.values() for tensor in table.values())
+    with atomic_folder(target, size=size) as folder:
         for name, data in small_files(parts, spec, source, settings).items():
             write_bytes(folder / name, data)
-        for name, tensors in _weights(parts, source, safetensors=kind == "diffusers_safetensors").items():
-            if name.endswith(".bin"):
-                write_ckpt(folder / name, tensors, None, **options)
-            else:
-                write_safetensors(folder / name, tensors, {"format": "pt"}, **options)
+        try:
+            for name, tensors in weights.items():
+                if name.endswith(".bin"):
+                    write_ckpt(folder / name, tensors, None, **options)
+                else:
+                    write_safetensors(folder / name, tensors, {"format": "pt"}, **options)
+        except NonFiniteWeights as error:
+            raise NonFiniteWeights(error.names, target, error.cause) from error
 
 
 def _weights(parts: ModelParts, source: SourceInfo | None, *, safetensors: bool) -> dict[str, Tensors]:

@@ -71,11 +71,11 @@ _RANK = {name: rank for rank, name in enumerate(
 class NonFiniteWeights(StopTraining):
     """Weights to be saved hold NaN or infinity; the file was not written. Exit status 5."""
 
-    def __init__(self, names: Iterable[str], path: str | Path) -> None:
+    def __init__(self, names: Iterable[str], path: str | Path, cause: str = "NaN or infinity in the weights") -> None:
         self.names = tuple(names)
+        self.cause = cause
         shown = ", ".join(self.names[:5]) + (", ..." if len(self.names) > 5 else "")
-        reason = f"{path}: not saved, {len(self.names)} tensors hold NaN or infinity: {shown}"
-        super().__init__(reason, EXIT_DIVERGED)
+        super().__init__(f"{path}: not saved: {cause} ({shown})", EXIT_DIVERGED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,5 +281,8 @@ def tensor_bytes(
         if not piece.numel():
             continue
         if require_finite and _is_float(piece) and not _chunk_sum(piece).isfinite() and not _exactly_finite(piece):
+            if _exactly_finite(chunk):
+                kind = str(target).removeprefix("torch.")
+                raise NonFiniteWeights([name], path, f"values too large for {kind}, choose another --save_precision")
             raise NonFiniteWeights([name], path)
         yield piece.view(torch.uint8).numpy().data

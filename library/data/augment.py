@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import PurePath
 from typing import Any
 
@@ -121,10 +122,18 @@ def resize(pixels: Pixels, size_wh: tuple[int, int], interpolation: str | None =
 
         method = getattr(Image.Resampling, _PILLOW_NAMES[interpolation])
         return np.asarray(Image.fromarray(pixels).resize(size_wh, method))
-    import cv2
-
+    cv2 = _opencv()
     method = getattr(cv2, _CV2_NAMES[interpolation])
     return np.asarray(cv2.resize(np.ascontiguousarray(pixels), size_wh, interpolation=method), np.uint8)
+
+
+@lru_cache(maxsize=1)
+def _opencv() -> Any:
+    """Import OpenCV without threads of its own: pictures are loaded in parallel already."""
+    import cv2
+
+    cv2.setNumThreads(0)
+    return cv2
 
 
 def normalise(pixels: Pixels) -> NDArray[np.float32]:
@@ -193,8 +202,7 @@ class _HueShift:
     amount: float
 
     def __call__(self, pixels: Pixels) -> Pixels:
-        import cv2
-
+        cv2 = _opencv()
         table = ((np.arange(256) + self.amount) % 180).astype(np.uint8)
         hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)
         hsv[:, :, 0] = table[hsv[:, :, 0]]

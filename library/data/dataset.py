@@ -21,7 +21,7 @@ from library.data.latent_store import LatentMemory, LatentPlan, LatentSource, pl
 from library.data.options import CacheOptions, DatasetOptions, SubsetOptions
 from library.data.plan import EpochPlan, EpochPlanner
 from library.data.records import RecordTable
-from library.data.scan import ScanContext, scan_datasets
+from library.data.scan import ScanContext, ScanResult, scan_datasets
 from library.data.serving import BatchDataset, Catalogue, Placements, Reading
 from library.data.summary import describe, fingerprint, summarise
 from library.errors import Problem, raise_problems
@@ -308,26 +308,19 @@ def open_data(
     raise_problems([*_cache_problems(specs, cache), *_mask_problems(specs, data)])
     context = replace(context or ScanContext(), cache_dir=cache.cache_dir, latent_suffix=spec.latent_cache_suffix)
     found = scan_datasets(specs, data, context)
-    choosers = [chooser.place for chooser in found.choosers]
     catalogue = Catalogue(
         family=spec,
         specs=specs,
         table=found.table,
-        placements=place_all(found.table, choosers),
+        placements=place_all(found.table, [chooser.place for chooser in found.choosers]),
         tokenizers=tokenizers,
         prior_loss_weight=data.prior_loss_weight,
         reading=Reading(exif_transpose=not data.no_exif_transpose, max_pixels=data.max_image_pixels),
     )
-    validation = None
-    if found.validation is not None:
-        fixed = tuple(replace(one, subsets=tuple(part.for_validation() for part in one.subsets)) for one in specs)
-        table = found.validation
-        apart = replace(catalogue, specs=fixed, table=table, placements=place_all(table, choosers))
-        validation = TrainingData(apart, cache)
     opened = TrainingData(
         catalogue,
         cache,
-        validation=validation,
+        validation=_validation_part(catalogue, found, cache),
         skipped=found.skipped,
         reg_totals=found.reg_totals,
         bucket_lists=[
@@ -338,6 +331,18 @@ def open_data(
     for line in describe(opened):
         _log.info("%s", line)
     return opened
+
+
+def _validation_part(catalogue: Catalogue, found: ScanResult, cache: CacheOptions) -> TrainingData | None:
+    """Return the images kept apart, with settings that leave nothing to chance."""
+    table = found.validation
+    if table is None:
+        return None
+    specs = tuple(
+        replace(spec, subsets=tuple(subset.for_validation() for subset in spec.subsets)) for spec in catalogue.specs
+    )
+    placements = place_all(table, [chooser.place for chooser in found.choosers])
+    return TrainingData(replace(catalogue, specs=specs, table=table, placements=placements), cache)
 
 
 def _cache_problems(specs: Sequence[DatasetSpec], cache: CacheOptions) -> Iterator[Problem]:
@@ -353,7 +358,7 @@ def _cache_problems(specs: Sequence[DatasetSpec], cache: CacheOptions) -> Iterat
 
 
 def _mask_problems(specs: Sequence[DatasetSpec], data: DatasetOptions) -> Iterator[Problem]:
-    """Yield that `--masked_loss` has nothing to work with; where only some subsets have masks, the others count fully."""
+    """Yield that `--masked_loss` has nothing to work with; where some subsets have masks, the rest counts fully."""
     subsets = [subset for spec in specs for subset in spec.subsets]
     if data.masked_loss and not any(subset.conditioning_data_dir or subset.alpha_mask for subset in subsets):
         hint = "Name a conditioning_data_dir in the subsets of a --dataset_config, or use --alpha_mask."

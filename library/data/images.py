@@ -165,13 +165,6 @@ def orientation_of(image: Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def use_one_thread() -> None:
-    """Keep OpenCV from starting threads of its own: pictures are already loaded in parallel."""
-    import cv2
-
-    cv2.setNumThreads(0)
-
-
 class _opened:  # noqa: N801 - used as a function
     """Context of an open image whose size is within the limit."""
 

@@ -386,5 +386,6 @@ def _settle(findings: Iterable[_Finding]) -> None:
         folder = os.path.dirname(finding.path) or "."  # noqa: PTH120
         if folder not in writable:
             writable[folder] = not files.check_writable_folder(folder)
+            files.clean_litter(folder)
         if not writable[folder]:
             finding.place, finding.reason = MEMORY, READ_ONLY_FOLDER

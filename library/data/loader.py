@@ -266,10 +266,7 @@ def prepare_worker(_worker_id: int) -> None:
     """Set up a loader process: no threads of its own, and signals are the main process's business."""
     import torch
 
-    from library.data.images import use_one_thread
-
     torch.set_num_threads(1)
-    use_one_thread()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in ("SIGTERM", "SIGUSR1"):
         number = getattr(signal, name, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from library.training.state_files import (
     read_json,
 )
 
-_log = logging.getLogger(__name__)
 _STEP_IN_NAME = re.compile(r"-step(\d{8,})-state$")
 _NOTICE = (
     "a state without resume.json, as other trainers write them: weights, optimizer and step are taken over; "
@@ -41,7 +39,6 @@ def read_reference_state(folder: Path) -> StoredState:
         raise UserError.of([Problem(str(folder), f"has neither resume.json nor {', '.join(missing)}", hint)])
     step = _step(folder)
     info = StateInfo(Position(step), modules=tuple(_modules(folder)), exact=False)
-    _log.warning("%s: %s (step %d)", folder, _NOTICE, step)
     return StoredState(folder, info, notes=(_NOTICE,))
 
 

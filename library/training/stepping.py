@@ -64,7 +64,7 @@ def step_or_skip(
     if not max_grad_norm or value <= max_grad_norm:
         built.optimizer.step()
     elif built.row.skips_on_device:
-        _step_on_device(built.optimizer, norm, ~finite, max_grad_norm)
+        _step_on_device(built.optimizer, norm, None, max_grad_norm)
     else:
         torch._foreach_mul_(gradients, max_grad_norm / (value + _TINY))
         built.optimizer.step()
@@ -89,17 +89,20 @@ def _outcome(norm: Tensor, finite: Tensor, counts: Tensor | None = None) -> Step
     return StepOutcome(norm, skipped, skipped if counts is None else skipped & counts)
 
 
-def _step_on_device(optimizer: Any, norm: Tensor, skip: Tensor, max_grad_norm: float) -> None:
-    """Let the fused kernel clip and skip: it divides gradients by `grad_scale` and does nothing if `found_inf` is 1."""
-    optimizer.found_inf = skip.float()
+def _step_on_device(optimizer: Any, norm: Tensor, skip: Tensor | None, max_grad_norm: float) -> None:
+    """Let the fused kernel clip and skip: it divides gradients by `grad_scale` and does nothing if `found_inf` is 1.
+
+    Where the host knows that nothing is to be skipped (`skip` is None) torch need not correct the step counters.
+    """
+    if skip is not None:
+        optimizer.found_inf = skip.float()
     if max_grad_norm:
         optimizer.grad_scale = ((norm + _TINY) / max_grad_norm).clamp(min=1.0)
     try:
         optimizer.step()
     finally:
-        del optimizer.found_inf
-        if max_grad_norm:
-            del optimizer.grad_scale
+        for name in ("found_inf", "grad_scale"):
+            vars(optimizer).pop(name, None)
 
 
 def _step_scaled(optimizer: Any, params: Sequence[Tensor], max_grad_norm: float, scaler: Any) -> StepOutcome:

@@ -191,7 +191,8 @@ DOCUMENTED = {
     "--max_train_steps=2 --use_8bit_adam --xformers --mixed_precision=bf16 --cache_latents --gradient_checkpointing",
     "aspect ratios": "--resolution=128,64 --train_batch_size=4 --learning_rate=5e-6 --max_train_steps=2 "
     "--use_8bit_adam --xformers --mixed_precision=bf16 --save_every_n_epochs=1 --save_state --save_precision=bf16 "
-    "--enable_bucket --min_bucket_reso=64 --max_bucket_reso=192 --color_aug --flip_aug --gradient_checkpointing --seed 42",
+    "--enable_bucket --min_bucket_reso=64 --max_bucket_reso=192 --color_aug --flip_aug --gradient_checkpointing "
+    "--seed 42",
 }
 
 

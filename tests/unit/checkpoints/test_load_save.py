@@ -250,7 +250,7 @@ def test_a_model_with_nan_is_not_saved_and_the_old_one_stays(tmp_path, source, s
         table, parts.unet_config, parts.text, parts.text_config, parts.vae, parts.vae_config, parts.source
     )
     if bad_part == "unet":
-        with pytest.raises(NonFiniteWeights):
+        with pytest.raises(NonFiniteWeights, match=f"^{target}: not saved: NaN or infinity"):
             save_checkpoint(target, kind, broken, spec=spec, source=parts.source)
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     save_checkpoint(target, kind, broken, spec=spec, source=parts.source, settings=SaveSettings(allow_nan=True))
@@ -588,3 +588,22 @@ def test_a_folder_that_lacks_weights_is_named(tmp_path, source):
     (folder / "text_encoder" / "model.safetensors").unlink()
     with pytest.raises(UserError, match="text_encoder: no weights in this folder"):
         load_parts(str(folder), "sd1")
+
+
+def test_quantized_weights_are_named(tmp_path, small_file):
+    name = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+    tensors = dict(small_file("sd1"))
+    write_safetensors(tmp_path / "m.safetensors", {**tensors, name: tensors[name].to(torch.int8)})
+    with pytest.raises(UserError, match="1 weights are int8, such as down_blocks.0.attentions.0"):
+        load_parts(str(tmp_path / "m.safetensors"), "sd1")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.bfloat16])
+def test_other_floating_point_types_load_and_keep_their_type(tmp_path, small_file, spec_of, dtype):
+    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in small_file("sd2").items()}
+    write_safetensors(tmp_path / "m.safetensors", tensors)
+    parts = load_parts(str(tmp_path / "m.safetensors"), "sd2")
+    saved = save_checkpoint(tmp_path / "o.safetensors", "safetensors", parts, spec=spec_of("sd2"), source=parts.source)
+    found = contents(saved)
+    assert {name: t.dtype for name, t in found.items()} == {name: t.dtype for name, t in tensors.items()}
+    assert all(torch.equal(found[n].view(torch.uint8), t.view(torch.uint8)) for n, t in tensors.items() if t.dim())

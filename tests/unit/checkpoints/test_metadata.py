@@ -4,8 +4,6 @@ import re
 import types
 from pathlib import Path
 
-import pytest
-
 from library.checkpoints import metadata
 
 NAMES = ("title", "author", "description", "license", "tags", "usage_hint", "thumbnail", "merged_from",
@@ -77,14 +75,7 @@ def test_a_thumbnail_becomes_a_data_url(tmp_path, caplog):
     assert metadata.thumbnail_url(str(picture)) is None
 
 
-def test_tables_merge_into_strings():
-    merged = metadata.merge_metadata({"a": None, "b": (512, 512)}, {"b": 2.5, "c": "text"})
-    assert merged == {"a": "None", "b": "2.5", "c": "text"}
-    assert metadata.prefixed({"seed": 1, "ss_steps": 2}) == {"ss_seed": 1, "ss_steps": 2}
-
-
-@pytest.mark.parametrize("name", ["setup.py"])
-def test_the_version_is_that_of_the_package(name):
-    text = (Path(__file__).resolve().parents[3] / name).read_text()
+def test_the_version_is_that_of_the_package():
+    text = (Path(__file__).resolve().parents[3] / "setup.py").read_text()
     found = re.search(r'version="([^"]+)"', text)
     assert found is None or found[1] == metadata.VERSION

@@ -1,6 +1,7 @@
 import json
 import random
 import struct
+import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -424,3 +425,49 @@ def test_reader_agrees_with_numpy(tmp_path):
     path.write_bytes(pack_npz(arrays, [("kept", np.lib.format.magic(1, 0))]))
     with np.load(path) as file:
         assert all(np.array_equal(file[name], array) for name, array in arrays.items())
+
+
+WRITER = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+import test_caches as t
+folder = Path({folder!r})
+while True:
+    for number in range(6):
+        t.write(t.make_need(folder, name=f"{{number}}.png"), seed=number)
+    print("round", flush=True)
+"""
+
+
+def test_writers_killed_at_any_time_leave_whole_files(tmp_path):
+    import subprocess
+    import sys
+
+    here = Path(__file__).parent
+    needs = [make_need(tmp_path, name=f"{number}.png") for number in range(6)]
+    rng = random.Random(3)
+    for _ in range(4):
+        writers = [
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    WRITER.format(root=str(here.parents[2]), tests=str(here), folder=str(tmp_path)),
+                ],
+                stdout=subprocess.PIPE,
+            )
+            for _ in range(2)
+        ]
+        for writer in writers:
+            writer.stdout.readline()
+        time.sleep(rng.random() * 0.05)
+        for writer in writers:
+            writer.kill()
+            writer.wait()
+            writer.stdout.close()
+        for number, need in enumerate(needs):
+            assert reason(need) is None
+            assert np.array_equal(
+                read_latents(cache_path(need.record, RULES), need.shape).latents, latents_for(need, number)
+            )

@@ -309,6 +309,22 @@ def test_unwritable_folders_fall_back_to_memory(tmp_path, monkeypatch):
     assert not any(batch.replaced for batch in batches_of(data))
 
 
+def test_litter_of_a_killed_writer_is_removed(tmp_path):
+    import os
+    import re
+
+    from library import files
+
+    data = training_data(some_pictures(tmp_path, 2), [bucketed(tmp_path)], cache=TO_DISK)
+    with files.atomic_file(tmp_path / "x.npz") as temporary:
+        name = re.sub(r"-\d+-", "-4194301-", temporary.name)  # a process number beyond any that is given out
+    left = tmp_path / name
+    left.write_bytes(b"half")
+    os.utime(left, (left.stat().st_mtime - 90_000,) * 2)
+    fill(data)
+    assert not left.exists()
+
+
 def test_cache_dir_keeps_the_image_folder_clean(tmp_path):
     images = tmp_path / "10_cat"
     images.mkdir()

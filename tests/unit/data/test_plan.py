@@ -98,6 +98,8 @@ def test_ranks_share_updates_like_accumulation(rows, accumulation, world):
     alone = list(batch_keys(planner, one, 3, 0, Position()))
     ranks = [list(batch_keys(planner, many, 3, rank, Position())) for rank in range(world)]
     assert len({len(keys) for keys in ranks}) == 1, "all ranks take equally many micro steps"
+    for rank, keys in enumerate(ranks):
+        assert all(key.step_key.micro % world == rank for key in keys)
     together = sorted((key for keys in ranks for key in keys), key=lambda key: (key.step_key.step, key.step_key.micro))
     real = [key for key in together if key.share]
     assert [(key.step_key, key.samples) for key in real] == [(key.step_key, key.samples) for key in alone]
