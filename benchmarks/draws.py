@@ -15,8 +15,6 @@ Times are CPU seconds of this process: on a GPU what the host needs to issue the
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from benchmarks.report import report  # noqa: E402
 from library.contracts import ParamGroup, StepKey  # noqa: E402
 from library.draws import Draws  # noqa: E402
 from library.training.objective import DDPMObjective  # noqa: E402
@@ -96,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--json", type=Path, help="also write the results here")
+    parser.add_argument("--output")
     options = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device(options.device)
@@ -105,14 +104,11 @@ def main() -> None:
     ]
     cases += [(f"step, {TENSORS} tensors of {side}x{side}", stepping(side, device)) for side in (32, 256)]
     rows = []
-    print(f"{'ms of CPU per micro-batch':<36}{'ours':>9}{'reference':>11}{'ratio':>8}")
     for name, pair in cases:
         ours, theirs = compare(*pair, options.rounds)
-        print(f"{name:<36}{ours:9.3f}{theirs:11.3f}{ours / theirs:8.2f}")
-        rows.append({"case": name, "ours_ms": round(ours, 4), "reference_ms": round(theirs, 4)})
-    if options.json:
-        machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
-        options.json.write_text(json.dumps({"machine": machine, "device": options.device, "rows": rows}, indent=1))
+        row = {"CPU per micro-batch": name, "ours, ms": ours, "reference, ms": theirs, "ratio": ours / theirs}
+        rows.append({**row, "device": options.device})
+    report("draws" if options.device == "cpu" else f"draws_{device.type}", rows, options.output)
 
 
 if __name__ == "__main__":

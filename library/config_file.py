@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.log import safe_text
+from library.text_files import read_text
 
 if TYPE_CHECKING:
     from library.option_groups import OptionSet
-
-MAX_BYTES = 16 << 20
-"""Larger files are refused unread."""
 
 _SECRET = re.compile(r"token\b|api_?key|password|secret", re.IGNORECASE)
 _QUOTED_BACKSLASH = re.compile(r'"[^"]*\\')
@@ -51,27 +49,7 @@ def load_toml(path: Path, option: str) -> dict[str, Any]:
     Raises:
         UserError: If it cannot be read or is not TOML; the message holds file, line, column and the line itself.
     """
-    return parse_toml(_read_text(path, option), path)
-
-
-def _read_text(path: Path, option: str) -> str:
-    where = f"{option} {path}"
-    try:
-        if not path.is_file():
-            problem = "is not a file" if path.exists() else "file not found"
-            raise UserError(problem, f"Looked for {path.absolute()}", where=where)
-        if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"is larger than {MAX_BYTES >> 20} MB", "This cannot be a configuration.", where=where)
-        data = path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot be read ({error})", where=where) from None
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError("is UTF-16 text", "Save it as UTF-8.", where=where)
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"is not UTF-8 text (line {line})", "Save it as UTF-8.", where=where) from None
+    return parse_toml(read_text(path, where=f"{option} {path}"), path)
 
 
 def parse_toml(text: str, path: Path) -> dict[str, Any]:
@@ -135,7 +113,7 @@ def read_config(name: str) -> dict[str, ConfigValue]:
     if Path(name).suffix.lower() in (".yaml", ".yml", ".json") and not config_path(name).exists():
         raise UserError("is not a TOML file", "This script reads options from TOML.", where=f"--config_file {name}")
     path = config_path(name)
-    text = _read_text(path, "--config_file")
+    text = read_text(path, where=f"--config_file {path}")
     values: dict[str, ConfigValue] = {}
     for key, value in _flattened(parse_toml(text, path), path):
         line = find_line(text, key)

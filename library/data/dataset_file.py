@@ -8,9 +8,7 @@ from typing import Any
 
 from library.config_file import parse_toml
 from library.errors import UserError
-
-MAX_BYTES = 16 << 20
-_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+from library.text_files import read_text
 
 
 def read_table(path: str) -> dict[str, Any]:
@@ -27,32 +25,6 @@ def read_table(path: str) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise UserError("the top level is not a table", "Start with [general] or [[datasets]].", where=path)
     return table
-
-
-def read_text(path: str, limit: int = MAX_BYTES) -> str:
-    """Return the text of a UTF-8 file without its byte order mark.
-
-    Raises:
-        UserError: The file is missing, unreadable, larger than `limit` bytes or not UTF-8.
-    """
-    file = Path(path)
-    try:
-        if not file.is_file():
-            found = "is a folder" if file.is_dir() else "file not found"
-            raise UserError(found, f"Looked for {file.absolute()}.", where=path)
-        size = file.stat().st_size
-        if size > limit:
-            raise UserError(f"has {size >> 20} MiB, the limit is {limit >> 20} MiB", where=path)
-        data = file.read_bytes()
-    except (OSError, ValueError) as error:
-        raise UserError(getattr(error, "strerror", None) or str(error), where=path) from error
-    if data.startswith(_UTF16_MARKS):
-        raise UserError("not UTF-8 (looks like UTF-16)", "Save it as UTF-8.", where=path)
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"not UTF-8 (line {line})", "Save it as UTF-8.", where=path) from error
 
 
 def parse_json(text: str, where: str) -> Any:

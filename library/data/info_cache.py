@@ -14,11 +14,12 @@ from typing import Any
 
 from library import files
 from library.data.captions import clean_caption
-from library.data.dataset_file import parse_json, read_text
+from library.data.dataset_file import parse_json
 from library.data.folder_scan import FolderScan, FolderSettings, Known
 from library.data.metadata_files import as_size
 from library.data.scan_index import READ
 from library.errors import UserError
+from library.text_files import read_text
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def read_info_cache(folder: str, settings: FolderSettings, *, exif: bool) -> dic
     if not Path(path).is_file():
         return {}
     try:
-        table = parse_json(read_text(path, _MAX_BYTES), path)
+        table = parse_json(read_text(path, limit=_MAX_BYTES), path)
         written_ns = Path(path).stat().st_mtime_ns
     except (UserError, OSError) as error:
         _log.warning("%s is passed over: %s", path, error)

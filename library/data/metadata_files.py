@@ -10,8 +10,9 @@ from typing import Any
 
 from library.data.bad_files import SHOWN, printable
 from library.data.captions import clean_caption
-from library.data.dataset_file import parse_json, read_text
+from library.data.dataset_file import parse_json
 from library.errors import Problem, UserError
+from library.text_files import read_text
 
 MAX_BYTES = 4 << 30
 _TEXT_KEYS = ("caption", "tags")
@@ -46,7 +47,7 @@ def read_metadata(path: str) -> list[MetadataEntry]:
     Raises:
         UserError: The file cannot be read or parsed, or holds entries of the wrong form (all are listed).
     """
-    text = read_text(path, MAX_BYTES)
+    text = read_text(path, limit=MAX_BYTES)
     problems: list[Problem] = []
     triples = _json_lines(text, path) if Path(path).suffix.lower() == ".jsonl" else _json_object(text, path)
     entries = []

@@ -334,7 +334,8 @@ class CacheOptions(OptionGroup, title="cache", resume="free"):
         implies={"cache_latents": True},
         help="Keep the encoded images in .npz files for later runs; switches --cache_latents on.",
     )
-    vae_batch_size: int = opt(1, at_least=1, help="Images that the VAE encodes at once when caching.")
+    # The last bits of a latent depend on how many pictures share its batch.
+    vae_batch_size: int = opt(1, at_least=1, resume="exact", help="Images that the VAE encodes at once when caching.")
     skip_cache_check: bool = opt(False, help="Trust cache files without looking into them at the start.")
     cache_dir: str | None = opt(
         None,

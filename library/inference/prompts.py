@@ -19,6 +19,7 @@ from typing import Any
 from library.config_file import parse_toml
 from library.errors import Problem, UserError, raise_problems
 from library.inference.samplers import SAMPLER_NAMES
+from library.text_files import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -258,21 +259,7 @@ def _entries(path: Path) -> Iterable[_Entry]:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise UserError("not a prompt file", "It must end in .txt, .toml or .json.", where=str(path))
-    return reader(path, _read_text(path))
-
-
-def _read_text(path: Path) -> str:
-    try:
-        if path.exists() and not path.is_file():
-            raise UserError("not a file", "Give a .txt, .toml or .json file.", where=str(path))
-        if path.exists() and path.stat().st_size > MAX_FILE_BYTES:
-            raise UserError(f"larger than {MAX_FILE_BYTES // 2**20} MiB", "Is this the prompt file?", where=str(path))
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 at byte {error.start}", "Save the file as UTF-8.", where=str(path)) from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot be read: {reason}", "Check the path.", where=str(path)) from error
+    return reader(path, read_text(path, limit=MAX_FILE_BYTES))
 
 
 def _text_entries(path: Path, text: str) -> Iterator[_Entry]:

@@ -85,9 +85,17 @@ def _downloaded(opts: TrainingOptions) -> str:
 
 
 def _base_model(opts: TrainingOptions) -> dict[str, Any]:
-    name = str(opts.model.pretrained_model_name_or_path)
+    """Return what weights come from that no state holds: those of frozen parts, and of another VAE."""
+    found = _name_and_hash(str(opts.model.pretrained_model_name_or_path))
+    if opts.model.vae:
+        found |= {f"vae {key}": value for key, value in _name_and_hash(opts.model.vae).items()}
+    return found
+
+
+def _name_and_hash(name: str) -> dict[str, Any]:
     path = Path(name)
-    return {"name": path.name, "hash": legacy_hash(path) if path.is_file() else ""}
+    # What is no path is the id of a repository, which keeps its owner's name.
+    return {"name": path.name if path.exists() else name, "hash": legacy_hash(path) if path.is_file() else ""}
 
 
 def _environment(device: torch.device) -> dict[str, Any]:

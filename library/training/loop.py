@@ -114,16 +114,16 @@ class Loop:
         self._track(torch.stack(losses).sum() / in_update, outcome.grad_norm, images)
 
     def _micro_step(self, batch: Batch) -> torch.Tensor:
-        """Forward and backward of one micro-batch; returns its mean unweighted loss (0 for padding), on the device."""
+        """Forward and backward of one micro-batch; returns its loss as trained (0 for padding), on the device."""
         training, key = self.training, batch.key
         if training.method.uses_global_randomness:
             torch.manual_seed(derive(self.run.seed, "net", key.step_key.step, key.step_key.micro))
         fault_point("step.forward")
         with training.stepper.accumulating(training.module, last=key.last_in_update):
-            loss, per_sample = training.module(batch)
+            loss, _ = training.module(batch)
             fault_point("step.backward")
             training.stepper.backward(loss)
-        return per_sample.mean() * key.share
+        return loss.detach()
 
     def _track(self, loss: torch.Tensor, grad_norm: torch.Tensor, images: int) -> None:
         """Hand the update's numbers to the tracker, as tensors: nothing waits for the device."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import warnings
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -159,7 +160,10 @@ class Run:
 
     def _share(self, step: nn.Module, may_skip_parameters: bool) -> nn.Module:  # noqa: FBT001
         self._ddp.find_unused_parameters = may_skip_parameters
-        return self.accelerator.prepare_model(step)
+        with warnings.catch_warnings():
+            # New versions of torch give an argument of accelerate's another name.
+            warnings.simplefilter("ignore", FutureWarning)
+            return self.accelerator.prepare_model(step)
 
     def _resolve_seed(self) -> int:
         """Return `--seed`, else that of the state that is resumed, else a fresh one, which is told."""

@@ -118,11 +118,8 @@ DIFFERENT = {
     "crop": "--random_crop",
     "mirror": "--flip_aug --seed=3",
     "no captions": "--caption_dropout_rate=1",
-    "no captions in epoch 1": "--caption_dropout_every_n_epochs=1",
     "prefix": "--caption_prefix=oil",
     "tag warm-up": "--token_warmup_step=2 --token_warmup_min=1 --caption_separator=+",
-    "text encoder rate": "--learning_rate_te=1e-5",
-    "unclipped": "--max_grad_norm=0",
     "bf16": "--mixed_precision=bf16",
 }
 
@@ -131,8 +128,7 @@ def test_options_that_change_the_result(runs, plain):
     digests = {
         name: runs.digest(*(word.replace("+", " ") for word in argv.split())) for name, argv in DIFFERENT.items()
     }
-    assert len({plain, *digests.values()}) == len(digests)  # no captions is the same in every epoch
-    assert digests["no captions"] == digests["no captions in epoch 1"]
+    assert len({plain, *digests.values()}) == len(digests) + 1
     assert digests["mirror"] != runs.digest("--seed=3")
 
 
@@ -223,7 +219,6 @@ OPTIMIZERS = {
     "DAdaptAdam": "dadaptation.dadapt_adam.DAdaptAdam",
     "Prodigy": "prodigyopt.prodigy.Prodigy",
     "AdamWScheduleFree": "schedulefree.adamw_schedulefree.AdamWScheduleFree",
-    "NAdam": "torch.optim.nadam.NAdam",
     "bitsandbytes.optim.AdEMAMix8bit": "bitsandbytes.optim.ademamix.AdEMAMix8bit",
 }
 

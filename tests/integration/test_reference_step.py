@@ -160,6 +160,24 @@ def test_the_pixels_of_a_batch_are_those_of_the_files(folder_sd1, pictures, tmp_
         torch.testing.assert_close(batches[0].pixels[row], wanted)
 
 
+def test_cached_latents_are_a_draw_from_the_posterior(folder_sd1, pictures, tmp_path, batches):
+    run(folder_sd1, pictures, tmp_path / "out", "--cache_latents_to_disk")
+    captions = {path.read_text(): path.with_suffix(".png") for path in pictures.rglob("*.caption")}
+    vae = Models(folder_sd1).vae
+    draws = []
+    for caption, latents in zip(batches[0].captions, batches[0].latents, strict=True):
+        pixels = torch.from_numpy(np.asarray(Image.open(captions[caption])).copy()).permute(2, 0, 1) / 127.5 - 1
+        with torch.no_grad():
+            posterior = vae.encode(pixels[None]).latent_dist
+        draws.append((latents - posterior.mean[0]) / posterior.std[0])
+        (file,) = captions[caption].parent.glob(f"{captions[caption].stem}_*_sd.npz")
+        stored = [value for name, value in np.load(file).items() if name.startswith("latents_") and value.ndim == 3]
+        assert any(np.array_equal(value, latents.numpy()) for value in stored)
+    together = torch.cat(draws)
+    assert abs(together.mean()) < 0.1 and abs(together.std() - 1) < 0.1
+    assert not torch.allclose(draws[0], draws[1])
+
+
 def test_velocity_with_zero_terminal_snr(folder_sd2_v, pictures, tmp_path, batches):
     argv = (
         "--v2 --v_parameterization --zero_terminal_snr --min_snr_gamma=5 --scale_v_pred_loss_like_noise_pred "

@@ -112,6 +112,33 @@ def test_rates_in_the_log_follow_the_schedule(run, tmp_path):
     assert {"grad_norm", "images_per_second", "peak_memory_mb", "data_wait_seconds", "loss/average"} <= set(found)
 
 
+def test_the_logged_loss_is_the_one_that_is_trained(run, tmp_path):
+    """With its weights, as validation losses are: they can be compared."""
+    found = {}
+    for weight in ("", "--min_snr_gamma=1e-9"):
+        logs = tmp_path / f"logs{weight}"
+        assert run("--max_train_steps=1", f"--logging_dir={logs}", *weight.split()) == 0
+        ((_, found[weight]),) = scalars(logs, "*/dreambooth/events*")["loss"]
+    assert found["--min_snr_gamma=1e-9"] < 1e-3 * found[""]
+
+
+def test_images_kept_for_validation_are_judged_after_every_epoch(run, photo_folders, tmp_path):
+    config = tmp_path / "data.toml"
+    config.write_text(
+        "[general]\nresolution = 64\n[[datasets]]\nbatch_size = 2\nvalidation_split = 0.4\nvalidation_seed = 1\n"
+        f'[[datasets.subsets]]\nimage_dir = "{photo_folders / "2_sks duck"}"\n'
+    )
+    argv = (f"--dataset_config={config}", f"--logging_dir={tmp_path / 'logs'}", "--learning_rate=1e-4")
+    assert run(*argv, "--max_train_epochs=2") == 0
+    found = scalars(tmp_path / "logs", "*/dreambooth/events*")
+    averages, divergence = found["loss/validation/epoch_average"], found["loss/validation/epoch_divergence"]
+    assert [epoch for epoch, _ in averages] == [1, 2]
+    means = dict(found["loss/epoch"])
+    for (epoch, average), (_, difference) in zip(averages, divergence, strict=True):
+        assert difference == pytest.approx(average - means[epoch], abs=1e-5)
+    assert averages[0][1] == pytest.approx(averages[1][1], rel=0.2)
+
+
 def test_settings_in_the_log_hold_no_path(run, tmp_path):
     argv = (f"--logging_dir={tmp_path / 'logs'}", "--log_config", "--log_every_n_steps=3", "--optimizer_type=Prodigy")
     assert run(*argv, "--learning_rate=1", "--log_with=tensorboard") == 0
@@ -156,6 +183,14 @@ def test_a_finished_run_that_is_resumed_does_nothing(run, out):
     (out / FINAL).unlink()
     assert run("--resume=latest") == 0
     assert (out / FINAL).exists()
+
+
+def test_another_vae_is_noticed_at_a_resume(run, tiny_sd1, capsys):
+    assert run("--save_state_on_train_end", "--max_train_steps=1") == 0
+    argv = ("--resume=latest", "--resume_override", "steps")
+    assert run(*argv, f"--vae={tiny_sd1}") == 2
+    assert "model: vae name" in capsys.readouterr().err
+    assert run(*argv, "model", f"--vae={tiny_sd1}") == 0
 
 
 def test_what_differs_at_a_resume_is_shown_as_a_table(run, capsys):

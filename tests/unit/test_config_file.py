@@ -164,8 +164,8 @@ def test_an_unreadable_file_is_the_only_complaint(refused):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("seats = 1".encode("utf-16"), "is UTF-16 text"),
-        (b"a = 1\ncolour = '\xff'", "is not UTF-8 text (line 2)"),
+        ("seats = 1".encode("utf-16"), "not UTF-8 (looks like UTF-16)"),
+        (b"a = 1\ncolour = '\xff'", "not UTF-8 (line 2)"),
         (b"x = " + b"[" * 100_000, "nested too deeply"),
         (b"a = '" + b"x" * (17 << 20) + b"'", "is larger than 16 MB"),
     ],
