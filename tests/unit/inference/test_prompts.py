@@ -218,7 +218,7 @@ def test_files_that_cannot_be_read(tmp_path):
     for name, words in (
         ("latin.txt", "UTF-8"),
         ("folder.txt", "not a file"),
-        ("missing.txt", "No such file"),
+        ("missing.txt", "file not found"),
         ("prompts.yaml", ".toml or .json"),
     ):
         with pytest.raises(UserError, match=words):
