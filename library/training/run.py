@@ -208,7 +208,12 @@ def _make_accelerator(opts: TrainingOptions, ddp: Any, plugin: Any) -> Any:
 
         group.backend = engine_backend()
     # The step enters autocast and the stepper scales losses; accelerate starts processes and places modules.
-    return Accelerator(mixed_precision="no", kwargs_handlers=[group, ddp], deepspeed_plugin=plugin)
+    return Accelerator(
+        mixed_precision="no",
+        gradient_accumulation_steps=1 if plugin is None else opts.length.gradient_accumulation_steps,
+        kwargs_handlers=[group, ddp],
+        deepspeed_plugin=plugin,
+    )
 
 
 def _make_scaler(device: torch.device, precision: PrecisionOptions) -> Any:

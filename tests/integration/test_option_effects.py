@@ -100,13 +100,11 @@ def test_options_that_change_no_bit(runs, plain, name):
     assert runs.digest(*SAME[name].split()) == plain
 
 
-@pytest.mark.parametrize("flags", ["--xformers", "--mem_eff_attn --xformers"])
-def test_attention_backends_compute_the_same_and_say_so(runs, plain, capsys, flags):
-    digest = runs.digest(*flags.split())
-    said = capsys.readouterr().err
-    if not torch.cuda.is_available():
-        assert digest == plain
-        assert "--xformers" in said and "WARNING" in said
+@pytest.mark.skipif(torch.cuda.is_available(), reason="xformers may run here")
+def test_an_attention_backend_that_cannot_run_is_replaced_and_named(runs, plain, capsys):
+    assert runs.digest("--xformers") == plain
+    said = [line for line in capsys.readouterr().err.splitlines() if "--xformers" in line]
+    assert len(said) == 1 and "WARNING" in said[0]
 
 
 def test_compiled_blocks_train_alike(runs, plain):
@@ -211,8 +209,7 @@ def test_fused_backward_pass_gives_the_same_bits(runs, name):
 
 
 OPTIMIZERS = {
-    "AdamW8bit": "bitsandbytes.optim.adamw.AdamW8bit",
-    "pagedadamw8bit": "bitsandbytes.optim.adamw.PagedAdamW8bit",
+    "adamw8bit": "bitsandbytes.optim.adamw.AdamW8bit",
     "Lion8bit": "bitsandbytes.optim.lion.Lion8bit",
     "SGDNesterov": "torch.optim.sgd.SGD(momentum=0.9)",
     "Adafactor": "transformers.optimization.Adafactor(relative_step=True)",
