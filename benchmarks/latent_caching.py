@@ -6,7 +6,7 @@ alike. `wall` is what a person waits for (decoding, encoding and storing go on a
 work.
 
     python benchmarks/latent_caching.py
-    python benchmarks/latent_caching.py --size tiny --images 40
+    python benchmarks/latent_caching.py --size tiny --images 203 --resolution 128
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def main() -> None:
         make_pictures(folder / "data" / "1_things", args.images)
         model = make_random_sd(folder / "model.safetensors", family="sd1", size=args.size)
         clock = cache_latents(folder, model, args.resolution, args.batch)
-    report("latent_caching", rows_of(clock, args.batch), args.output)
+    report(f"latent_caching_{args.size}", rows_of(clock, args.batch), args.output)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import platform
@@ -95,7 +96,18 @@ def _base_model(opts: TrainingOptions) -> dict[str, Any]:
 def _name_and_hash(name: str) -> dict[str, Any]:
     path = Path(name)
     # What is no path is the id of a repository, which keeps its owner's name.
-    return {"name": path.name if path.exists() else name, "hash": legacy_hash(path) if path.is_file() else ""}
+    if not path.exists():
+        return {"name": name, "hash": ""}
+    return {"name": path.name, "hash": legacy_hash(path) if path.is_file() else _folder_mark(path)}
+
+
+def _folder_mark(folder: Path) -> str:
+    """Return a short digest of the weight files of a model folder: names, sizes, and the short hash of each."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".safetensors", ".bin") and path.is_file():
+            digest.update(f"{path.relative_to(folder).as_posix()}:{path.stat().st_size}:{legacy_hash(path)};".encode())
+    return digest.hexdigest()[:8]
 
 
 def _environment(device: torch.device) -> dict[str, Any]:

@@ -193,7 +193,7 @@ class Loop:
     def _validate(self) -> None:
         fault_point("val.mid")
         training = self.training
-        with observe(training.method, training.built):
+        with training.stepper.observing(), observe(training.method, training.built):
             loss = self.validator.loss(training.step)
         training.tracker.flush()
         average = training.tracker.loss_average.average
