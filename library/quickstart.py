@@ -59,23 +59,23 @@ def _tiny(options: QuickstartOptions, output: Path) -> Plan:
     logger.info("making a tiny random model: its pictures are noise, but every step is the real one")
     model = make_random_sd(output / "tiny_model.safetensors", family="sd1")
     folders = [(ROOT / "examples" / "photos" / name, words) for name, words in _SUBJECTS.items()]
-    size = options.resolution or 128
+    size, steps = options.resolution or 128, options.steps or 24
     return Plan(
         model=str(model),
         dataset=_dataset(folders, size=size, batch_size=2, repeats=1),
         prompts=_prompts(_SUBJECTS.values(), size=size, steps=8),
         options=(
-            f"--max_train_steps={options.steps or 24}",
+            f"--max_train_steps={steps}",
             "--learning_rate=1e-4",
             "--max_data_loader_n_workers=2",
-            "--sample_every_n_steps=12",
+            f"--sample_every_n_steps={max(1, steps // 2)}",
         ),
     )
 
 
 def _own(options: QuickstartOptions, output: Path) -> Plan:
     """The user's model and pictures, with settings for a consumer GPU."""
-    prompt, size = options.prompt or "", options.resolution or 512
+    prompt, size, steps = options.prompt or "", options.resolution or 512, options.steps or 400
     pictures = Path(options.images or "").resolve()
     return Plan(
         model=str(options.model),
@@ -84,10 +84,10 @@ def _own(options: QuickstartOptions, output: Path) -> Plan:
         options=(
             *_family_flags(str(options.model)),
             *_hardware(),
-            f"--max_train_steps={options.steps or 400}",
+            f"--max_train_steps={steps}",
             "--learning_rate=2e-6",
             "--gradient_checkpointing",
-            "--sample_every_n_steps=100",
+            f"--sample_every_n_steps={min(100, steps)}",
         ),
     )
 
@@ -117,7 +117,7 @@ def _dataset(folders: Sequence[tuple[Path, str]], *, size: int, batch_size: int,
     """Return a data set configuration in TOML."""
     lines = ["# Made by quickstart.py; docs/train_db.md explains every line.", "", "[[datasets]]"]
     lines += [f"resolution = {size}", f"batch_size = {batch_size}", "enable_bucket = true"]
-    lines += [f"min_bucket_reso = {size // 2}", f"max_bucket_reso = {size * 2}"]
+    lines += [f"min_bucket_reso = {max(64, size // 2)}", f"max_bucket_reso = {size * 2}"]
     for folder, words in folders:
         lines += [
             "",
@@ -139,7 +139,7 @@ def _prompts(texts: Iterable[str], *, size: int, steps: int) -> str:
 
 
 def _command(plan: Plan, output: Path) -> list[str]:
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes=1", "--num_machines=1"]
     launcher += ["--mixed_precision=no", "--dynamo_backend=no", "--num_cpu_threads_per_process=2"]
     return [
         *launcher,

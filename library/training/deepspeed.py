@@ -106,6 +106,8 @@ class EngineStepper:
         # A higher scale that overflows only was too high.
         blame = self._half is not torch.float16 or float(optimizer.loss_scale) <= 1.0
         self._engine.step()
+        # The schedule asks, since offloading puts another optimizer in the place of the one that it knows.
+        vars(self.built.optimizer)["_opt_called"] = True
         norm = torch.as_tensor(self._engine.get_global_grad_norm() or 0.0, dtype=torch.float32)
         skipped = torch.tensor(bool(optimizer.overflow))
         outcome = StepOutcome(norm.detach(), skipped, skipped & blame)

@@ -70,3 +70,15 @@ def test_released_models_come_back(parts, pixels):
     one.release()
     assert not one.loaded
     assert torch.equal(one.encode(pixels, torch.zeros(2, 4, 4, 4)), first)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_freed_gpu_memory_is_given_back_unless_kept(monkeypatch, keep):
+    given_back = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(True))
+    vae = ImageCoder({}, {}, device=torch.device("cuda"), dtype=torch.float16, keep_cache=keep)
+    vae.release()
+    assert not given_back
+    vae._model = object()
+    vae.release()
+    assert not vae.loaded and bool(given_back) is not keep
