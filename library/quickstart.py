@@ -47,7 +47,7 @@ def run(options: QuickstartOptions) -> None:
     write_text(output / "prompts.txt", plan.prompts)
     command = _command(plan, output)
     logger.info("starting: %s", shlex.join(command))
-    if subprocess.run(command, check=False, env=_environment()).returncode != 0:
+    if subprocess.run(command, check=False, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"}).returncode != 0:
         raise UserError("the training ended with the error above", where="quickstart")
     _tell(options, output)
 
@@ -156,11 +156,6 @@ def _command(plan: Plan, output: Path) -> list[str]:
         "--overwrite",
         *plan.options,
     ]
-
-
-def _environment() -> dict[str, str]:
-    local = {} if os.environ.get("HF_HUB_OFFLINE") else {"HF_HUB_DISABLE_TELEMETRY": "1"}
-    return {**os.environ, **local, "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _tell(options: QuickstartOptions, output: Path) -> None:

@@ -23,7 +23,7 @@ from library.data.plan import EpochPlan, EpochPlanner
 from library.data.records import RecordTable
 from library.data.scan import ScanContext, ScanResult, scan_datasets
 from library.data.serving import BatchDataset, Catalogue, Placements, Reading
-from library.data.summary import describe, fingerprint, summarise
+from library.data.summary import count_images, describe, fingerprint, summarise
 from library.errors import Problem, raise_problems
 
 _log = logging.getLogger(__name__)
@@ -226,6 +226,10 @@ class TrainingData:
             raise ValueError("use_latents comes before store_latents")
         arrays = {"latents": latents, "latents_flipped": flipped, "alpha_mask": mask}
         self.catalogue.latents.write(row, self._vae, arrays)
+
+    def counts(self) -> dict[str, int]:
+        """Return how many images and batches an epoch has, as model metadata tell it."""
+        return count_images(self)
 
     def summary(self) -> dict[str, Any]:
         """Return what model metadata tell about the data (see `library.data.summary`)."""

@@ -69,8 +69,8 @@ class ForeignData:
         """Return the object that loader workers serve batches from."""
         return ForeignBatches(self._served, self._name, self.tokenizers, total_steps)
 
-    def summary(self) -> dict[str, Any]:
-        """Return what model metadata tell about the data."""
+    def counts(self) -> dict[str, int]:
+        """Return how many images and batches an epoch has."""
         return {
             "num_train_images": self.num_train_images,
             "num_reg_images": self.num_reg_images,

@@ -32,6 +32,16 @@ _SUBSET_KEYS = (
 )
 
 
+def count_images(data: TrainingData) -> dict[str, int]:
+    """Return the numbers at the head of `summarise`, which cost no look at the captions."""
+    reg_images = data.num_reg_images if data.reg_totals is None else sum(data.reg_totals)
+    return {
+        "num_train_images": data.num_train_images,
+        "num_reg_images": reg_images,
+        "num_batches_per_epoch": data.batch_count(),
+    }
+
+
 def summarise(data: TrainingData) -> dict[str, Any]:
     """Return JSON-able facts for model metadata, folder names only, never paths.
 
@@ -41,7 +51,6 @@ def summarise(data: TrainingData) -> dict[str, Any]:
     the first data set; None without buckets).
     """
     datasets = [_dataset(data, spec) for spec in data.specs]
-    reg_images = sum(dataset["num_reg_images"] for dataset in datasets)
     frequency: dict[str, dict[str, int]] = {}
     for dataset in datasets:
         for folder, tags in dataset["tag_frequency"].items():
@@ -49,9 +58,7 @@ def summarise(data: TrainingData) -> dict[str, Any]:
     subsets = [subset for spec in data.specs for subset in spec.subsets]
     counts = np.bincount(data.table.subsets, minlength=max((subset.index for subset in subsets), default=-1) + 1)
     return {
-        "num_train_images": data.num_train_images,
-        "num_reg_images": reg_images,
-        "num_batches_per_epoch": data.batch_count(),
+        **count_images(data),
         "datasets": datasets,
         "tag_frequency": frequency,
         "dataset_dirs": _folders(subsets, counts, reg=False),

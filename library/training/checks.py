@@ -200,22 +200,16 @@ def _optimizer(options: TrainingOptions) -> Iterator[Problem]:
 
 
 def _fused_backward(options: TrainingOptions, world_size: int) -> Iterator[Problem]:
-    """Updating weights during the backward pass is sound only if each gradient is complete and usable by itself."""
-    from library.training.optimizers import find_row, optimizer_name
+    from library.training.deepspeed_plugin import uses_engine
+    from library.training.optimizers import check_fused_backward
 
-    where = "--fused_backward_pass"
-    if options.length.gradient_accumulation_steps > 1:
-        yield Problem(where, "cannot be combined with --gradient_accumulation_steps above 1")
-    if world_size > 1:
-        yield Problem(where, f"cannot be used with {world_size} processes", "Start one process.")
-    if options.precision.mixed_precision == "fp16":
-        hint = "Use --mixed_precision bf16."
-        yield Problem(where, "cannot be used with float16, whose loss scaling needs all gradients", hint)
-    name = optimizer_name(options.optimizer)
-    row = find_row(name)
-    if not row.steps_one_parameter and not row.refusal:
-        hint = "Use AdamW, AdamW8bit, Lion, SGD or Adafactor, among others."
-        yield Problem(where, f"cannot be used with {name}, which needs all gradients at once", hint)
+    yield from check_fused_backward(
+        options.optimizer,
+        options.length,
+        options.precision,
+        world_size=world_size,
+        sharded=uses_engine(options.distributed),
+    )
 
 
 def _augmentation(options: TrainingOptions) -> Iterator[Problem]:

@@ -236,19 +236,22 @@ def check_fused_backward(
     """
     if not optimizer.fused_backward_pass:
         return
-    name = optimizer_name(optimizer)
-    if not find_row(name).steps_one_parameter:
-        yield Problem(
-            _FUSED, f"{name} needs all gradients at once", "Use AdamW, AdamW8bit, Adafactor, Lion or SGDNesterov."
-        )
     if length.gradient_accumulation_steps > 1:
-        yield Problem(_FUSED, "gradients cannot be accumulated: each is used up at once", "Use a larger batch.")
+        what = "cannot be combined with --gradient_accumulation_steps above 1: gradients cannot be accumulated"
+        yield Problem(_FUSED, f"{what}, since each is used up at once", "Use a larger batch.")
     if precision.mixed_precision == "fp16":
-        yield Problem(_FUSED, "float16 needs all gradients before it can step", "Use --mixed_precision bf16.")
+        what = "cannot be used with float16, whose loss scaling needs all gradients"
+        yield Problem(_FUSED, what, "Use --mixed_precision bf16.")
     if sharded:
         yield Problem(_FUSED, "the engine that shares the optimizer between GPUs needs the gradients")
     elif world_size > 1:
-        yield Problem(_FUSED, f"it works in one process, and {world_size} run")
+        what = f"cannot be used with {world_size} processes: it works in one process, and {world_size} run"
+        yield Problem(_FUSED, what, "Start one process.")
+    name = optimizer_name(optimizer)
+    row = find_row(name)
+    if not row.steps_one_parameter and not row.refusal:
+        what = f"cannot be used with {name}: {name} needs all gradients at once"
+        yield Problem(_FUSED, what, "Use AdamW, AdamW8bit, Lion, SGD or Adafactor, among others.")
 
 
 def build_optimizer(optimizer: OptimizerOptions, groups: Sequence[ParamGroup]) -> BuiltOptimizer:

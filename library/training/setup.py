@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
     from library.training.options import TrainingOptions
     from library.training.run import Run
     from library.training.stepper import Stepper
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -202,7 +199,7 @@ def _uploader(run: Run, opts: TrainingOptions) -> Uploader | None:
 
 def _facts(training: Training, data: TrainingData) -> dict[str, str]:
     """Return what models say about their data, optimizer and run. Names only, never paths."""
-    summary, spec = data.summary(), training.family.spec
+    spec = training.family.spec
     return {
         "ss_training_started_at": str(time.time()),
         "ss_base_model_version": spec.base_model_version,
@@ -212,7 +209,5 @@ def _facts(training: Training, data: TrainingData) -> dict[str, str]:
         "ss_seed": str(training.run.seed),
         "ss_max_train_steps": str(training.length.total_steps),
         "ss_num_epochs": str(training.length.epochs),
-        "ss_num_train_images": str(summary["num_train_images"]),
-        "ss_num_reg_images": str(summary["num_reg_images"]),
-        "ss_num_batches_per_epoch": str(summary["num_batches_per_epoch"]),
+        **{f"ss_{name}": str(count) for name, count in data.counts().items()},
     }

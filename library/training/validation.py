@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
     from library.data.dataset import TrainingData
     from library.training.run import Run
     from library.training.step import TrainStep
-
-logger = logging.getLogger(__name__)
 
 TIMESTEPS = 4
 """Each image is judged at this many timesteps, spread evenly: 200, 400, 600 and 800 unless the range is limited."""
