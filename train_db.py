@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from library import cli
 from library.training.options import FullTuneOptions, TrainingOptions
 
+_TEXT_CACHES = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk", "text_encoder_batch_size")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Options(TrainingOptions, leave_out=("dataset_repeats",)):
+class Options(TrainingOptions, leave_out=("dataset_repeats", *_TEXT_CACHES)):
     """Everything that train_db.py accepts."""
 
     tune: FullTuneOptions
@@ -40,11 +42,9 @@ def train(opts: Options) -> None:
         context=ScanContext(opts.length.seed or 0, report_dir=opts.save.output_dir),
     )
     if opts.data.debug_dataset:
-        from library.data.report import write_report
-        from library.training.run_length import resolve_length
+        from library.training.run_length import report_data
 
-        length = resolve_length(opts.length, batches_per_epoch=data.batch_count())
-        write_report(data, opts.save.output_dir, length=length, seed=opts.length.seed or 0)
+        report_data(data, opts)
         return
 
     from library.models.sd import StableDiffusion
@@ -56,8 +56,8 @@ def train(opts: Options) -> None:
     with Run(opts, data) as run:
         weights = run.weight_plan(trained_parts(opts.tune))
         family = StableDiffusion.load(opts.model, opts.text, opts.memory, spec=spec, weights=weights)
-        fill_caches(run, family, data)
-        method = FullTune(family, opts.tune, opts.memory, learning_rate=opts.optimizer.learning_rate)
+        fill_caches(run, family, data, frozen_text="text_encoder" not in weights.trained)
+        method = FullTune(family, opts.tune, opts)
         fit(run, family, method, data, opts)
 
 

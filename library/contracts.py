@@ -208,11 +208,12 @@ class Noised:
 
 @dataclass(frozen=True, slots=True)
 class ParamGroup:
-    """Parameters that share a learning rate; `name` is what `lr/<name>` is logged as."""
+    """Parameters that share a learning rate; `name` is what `lr/<name>` is logged as; `settings` go to the optimizer."""
 
     name: str
     params: tuple[Any, ...]
     lr: float
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

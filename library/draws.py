@@ -19,6 +19,17 @@ _FLOAT32_BITS = 24
 _local = threading.local()
 
 
+def seed_generators(seed: int) -> None:
+    """Set the global generators of torch, Python and numpy, which modules that are not ours draw from."""
+    import random
+
+    import numpy as np
+
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 class Draws:
     """All random numbers of one micro-batch, by name.
 
@@ -69,6 +80,28 @@ class Draws:
         if self._device.type == "cuda":
             return values.pin_memory().to(self._device, non_blocking=True)
         return values.to(self._device)
+
+
+class ImageDraws(Draws):
+    """Draws whose row i depends on the seed, an image's key, a number and the draw's name, whatever the batch.
+
+    Args:
+        seed: Of the draws.
+        keys: One name per row.
+        number: Tells several draws for the same images apart.
+        device: Where the tensors are needed.
+        stream: Name of the stream.
+    """
+
+    __slots__ = ("_keys",)
+
+    def __init__(self, seed: int, keys: Sequence[str], number: int, device: torch.device, stream: str) -> None:
+        super().__init__(seed, StepKey(0, number), len(keys), device, stream)
+        self._keys = tuple(keys)
+
+    def _row_numbers(self, name: str) -> Iterable[int]:
+        step, number = self._counters
+        return [derive(self._seed, self._stream, step, number, key, name) for key in self._keys]
 
 
 def normal_rows(

@@ -61,6 +61,17 @@ class NewFile:
 
         return self._guard(write)
 
+    def rewrite_start(self, data: bytes) -> None:
+        """Replace the first bytes; writing goes on at the end."""
+
+        def rewrite() -> None:
+            end = self._file.tell()
+            self._file.seek(0)
+            self._file.write(data)
+            self._file.seek(end)
+
+        self._guard(rewrite)
+
     def flush(self) -> None:
         """Hand what is buffered to the operating system."""
         self._guard(self._file.flush)

@@ -39,6 +39,8 @@ class Notes(TypedDict, total=False):
         help: One or two sentences for `--help` and the documentation.
         choices: Accepted values.
         flag: Name on the command line if it is not the field's name; None: not offered there.
+        positional: Given by its place among the bare words of the command line and not by its name; required unless
+            its type allows None. A list takes all words that are left.
         convert: Reads the value in place of the rules for the type; raises `BadValue`.
         at_least, at_most, more_than: Bounds of a number, or of every number of a pair.
         zero_is_off: Values below 1 mean None; "warn" says so.
@@ -59,6 +61,7 @@ class Notes(TypedDict, total=False):
     help: str
     choices: tuple[Any, ...]
     flag: str | None
+    positional: bool
     convert: Callable[[Any], Any]
     at_least: float
     at_most: float
@@ -101,8 +104,13 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """The option as typed on the command line."""
-        return f"--{self.name}"
+        """The option as typed on the command line; only its name when it is given by its place."""
+        return self.name if self.positional else f"--{self.name}"
+
+    @property
+    def positional(self) -> bool:
+        """Whether it is given by its place on the command line."""
+        return self.notes.get("positional", False)
 
     @property
     def offered(self) -> bool:
@@ -237,7 +245,7 @@ class OptionSet:
                 if option.name in found:
                     raise TypeError(f"{option.flag} is declared twice in {cls.__name__}")
                 if option.name not in cls.leave_out:
-                    found[option.name] = _changed(option, cls.changes.get(option.name, {}))
+                    found[option.name] = _changed(option, cls.changes.get(option.name, {}), cls.leave_out)
         return found
 
     @classmethod
@@ -283,10 +291,13 @@ def _is_group(candidate: type) -> bool:
     return issubclass(candidate, OptionGroup)
 
 
-def _changed(option: Option, change: Mapping[str, Any]) -> Option:
-    if not change:
-        return option
-    notes = typing.cast("Notes", {**option.notes, **{k: v for k, v in change.items() if k != "default"}})
+def _changed(option: Option, change: Mapping[str, Any], left_out: frozenset[str]) -> Option:
+    """Return an option as a script declares it; conditions do not name options that the script leaves out."""
+    known: dict[str, Any] = {**option.notes, **{k: v for k, v in change.items() if k != "default"}}
+    for name in ("matters_when", "needs"):
+        if left_out & set(known.get(name, {})):
+            known[name] = {other: wanted for other, wanted in known[name].items() if other not in left_out}
+    notes = typing.cast("Notes", known)
     return dataclasses.replace(option, notes=notes, default=change.get("default", option.default))
 
 

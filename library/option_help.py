@@ -9,6 +9,7 @@ import textwrap
 from typing import Any
 
 from library.option_groups import Option, OptionSet
+from library.option_places import places_of, usage
 from library.option_values import is_list, type_name
 
 _COLUMN = 34
@@ -17,10 +18,11 @@ _COLUMN = 34
 def help_text(options_class: type[OptionSet]) -> str:
     """Return usage, description and all options of a script, by group, as wide as the terminal."""
     width = max(60, min(shutil.get_terminal_size((100, 24)).columns, 130))
-    lines = [f"usage: {options_class.script}.py [options]", ""]
+    lines = [f"usage: {usage(options_class.script, places_of(options_class))}", ""]
     about = (inspect.getdoc(sys.modules[options_class.__module__]) or "").partition("\n\n")[0]
     lines += [*textwrap.wrap(about, width), ""] if about else []
-    lines += ["Options may also stand in a TOML file (--config_file).", ""]
+    if "config_file" in options_class.options():
+        lines += ["Options may also stand in a TOML file (--config_file).", ""]
     offered = [option for option in options_class.options().values() if option.offered]
     for title, about_group in group_headings(options_class).items():
         members = [option for option in offered if option.title == title]
@@ -50,7 +52,7 @@ def _entry(option: Option, width: int) -> list[str]:
 
 
 def _placeholder(option: Option) -> str:
-    if option.is_flag:
+    if option.is_flag or option.positional:
         return ""
     if is_list(option.annotation):
         return " [VALUE ...]"

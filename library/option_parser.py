@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from library.errors import Problem, UserError, raise_problems
 from library.option_groups import COMMAND_LINE, Option, OptionGroup, OptionSet, opt
+from library.option_places import expected, hand_out, places_of, without_value
 from library.option_relations import check_relations
 from library.option_values import BadValue, check_choice, convert, is_list, nearest
 from library.retired import ELSEWHERE, SPELLINGS
@@ -73,6 +74,7 @@ def read(options_class: type[OptionSet], argv: Sequence[str]) -> Reading:
     config = reading.values.get("config_file")
     if config and not reading.values.get("output_config"):
         _read_config_file(config, offered, typed, reading)
+    _check_places(places_of(options_class), reading)
     return reading
 
 
@@ -83,6 +85,9 @@ def finish(options_class: type[SetClass], reading: Reading) -> SetClass:
         UserError: With everything that is wrong.
     """
     options = options_class.options()
+    if without_value(places_of(options_class), reading.values):
+        # What a script works on is unknown, so nothing else can be judged.
+        raise_problems(reading.problems)
     given = {
         name: reading.sources.get(name, COMMAND_LINE)
         for name, value in reading.values.items()
@@ -113,17 +118,23 @@ def _concerns(problem: Problem, names: set[str]) -> bool:
 def _read_command_line(offered: Mapping[str, Option], argv: Sequence[str], reading: Reading) -> dict[str, Any]:
     """Return the last value typed for each option: text, list of texts, or True."""
     typed: dict[str, Any] = {}
+    places = [option for option in offered.values() if option.positional]
+    words: list[str] = []
     rest = list(argv)
     last_flag = None
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or word == "--":
-            _refuse_stray(word, last_flag, reading)
+            if not places or not _is_plain(word, last_flag):
+                _refuse_stray(word, last_flag, reading)
+            else:
+                words.append(word)
+                last_flag = None
             continue
         name, separator, attached = word[2:].partition("=")
         option = offered.get(SPELLINGS.get(name, name))
         last_flag = None
-        if option is None:
+        if option is None or option.positional:
             _refuse_unknown(name, offered, reading)
             _skip_values(rest)
         elif is_list(option.annotation):
@@ -136,7 +147,23 @@ def _read_command_line(offered: Mapping[str, Option], argv: Sequence[str], readi
             typed[name] = rest.pop(0)
         else:
             reading.refuse(option.flag, "needs a value", _value_hint(option, rest), about=option.name)
-    return _modern_spelling(typed)
+    return {**_modern_spelling(typed), **_place(places, words, reading)}
+
+
+def _place(places: Sequence[Option], words: Sequence[str], reading: Reading) -> dict[str, Any]:
+    values, problems = hand_out(places, words)
+    reading.problems.extend(problems)
+    return values
+
+
+def _check_places(places: Sequence[Option], reading: Reading) -> None:
+    """Note which words are missing, unless another mistake may have swallowed them."""
+    for option in places:
+        if reading.values.get(option.name) == "":
+            reading.refuse(option.name, "is empty", "Is a variable of the shell not set?", about=option.name)
+    missing = [option.name for option in without_value(places, reading.values)]
+    if missing and not reading.problems:
+        reading.refuse("", f"missing: {' and '.join(missing)}", f"{expected(places)} See --help.")
 
 
 def _modern_spelling(values: dict[str, Any]) -> dict[str, Any]:
@@ -162,12 +189,25 @@ def _value_hint(option: Option, rest: Sequence[str]) -> str:
     return f"Write {option.flag}={rest[0]} if the value starts with --." if rest else ""
 
 
+def _is_plain(word: str, last_flag: Option | None) -> bool:
+    """Whether a bare word can be a value given by its place: no misspelled option, no value of a flag."""
+    return not _looks_like_option(word) and not _looks_like_value_of(last_flag, word)
+
+
+def _looks_like_option(word: str) -> bool:
+    return word.startswith("-") and len(word) > 1 and not word[1].isdigit()
+
+
+def _looks_like_value_of(last_flag: Option | None, word: str) -> bool:
+    return last_flag is not None and word.lower() in ("true", "false", "1", "0", "yes", "no")
+
+
 def _refuse_stray(word: str, last_flag: Option | None, reading: Reading) -> None:
-    if last_flag is not None and word.lower() in ("true", "false", "1", "0", "yes", "no"):
+    if last_flag is not None and _looks_like_value_of(last_flag, word):
         reading.refuse(
             last_flag.flag, f"takes no value, but {word!r} follows", f"Write {last_flag.flag}={word.lower()}."
         )
-    elif word.startswith("-") and len(word) > 1 and not word[1].isdigit():
+    elif _looks_like_option(word):
         reading.refuse("", f"unexpected argument {word!r}", "Options start with two dashes.")
     else:
         reading.refuse("", f"unexpected argument {word!r}", "Put quotes around values that contain spaces.")
@@ -176,8 +216,12 @@ def _refuse_stray(word: str, last_flag: Option | None, reading: Reading) -> None
 def _refuse_unknown(name: str, offered: Mapping[str, Option], reading: Reading) -> None:
     where = f"--{name}"
     spelled = name.replace("-", "_")
-    longer = [known for known in offered if known.startswith(spelled)] if spelled else []
-    if spelled in offered:
+    places = [option for option in offered.values() if option.positional]
+    named = [known for known, option in offered.items() if not option.positional]
+    longer = [known for known in named if known.startswith(spelled)] if spelled else []
+    if spelled in offered and spelled not in named:
+        reading.refuse(where, "is given by its place, without a name", expected(places), about=spelled)
+    elif spelled in named:
         reading.refuse(where, "unknown option", f"Write --{spelled}.", about=spelled)
     elif name in ELSEWHERE:
         reading.refuse(where, f"is not an option of this script; it belongs to {ELSEWHERE[name]}")
@@ -186,7 +230,7 @@ def _refuse_unknown(name: str, offered: Mapping[str, Option], reading: Reading) 
         reading.refuse(where, "options may not be abbreviated", f"Write {listed}.")
         reading.bad.update(longer)
     else:
-        near = nearest(spelled, offered, cutoff=0.6)
+        near = nearest(spelled, named, cutoff=0.6)
         hint = f"Did you mean --{near}?" if near else "See --help for all options."
         reading.refuse(where, "unknown option", hint, about=near)
 

@@ -1,22 +1,32 @@
-"""Writes docs/options.md from the declarations: `python -m library.options_doc`, run beside the entry scripts."""
+"""Writes docs/options.md and docs/tool_options.md from the declarations.
+
+Run as `python -m library.options_doc` beside the entry scripts.
+"""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from library.option_groups import Option, OptionSet
 from library.option_help import group_headings, shown_default
+from library.option_places import places_of, usage
 from library.option_values import type_name
 from library.retired import NO_EFFECT_IN, SPELLINGS
 
 SCRIPTS = ("train_db",)
 """Entry scripts whose options are documented."""
 
-TARGET = Path(__file__).resolve().parent.parent / "docs" / "options.md"
+TOOL_FOLDERS = ("networks", "tools")
+"""Folders of tools: files in them that declare `class Options` are documented."""
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGET = ROOT / "docs" / "options.md"
+TOOLS_TARGET = ROOT / "docs" / "tool_options.md"
 
 _INTRODUCTION = """# Options
 
@@ -31,25 +41,57 @@ the same unless `--resume_override` names them (or their group, the heading); `f
 """
 
 
+_TOOLS_INTRODUCTION = """# Options of the tools
+
+This page is made from the declarations in the code: edit those and run `python -m library.options_doc`.
+
+Tools run from any folder (`python path/to/tools/NAME.py`) and, from the folder of this project, as modules
+(`python -m tools.NAME`). Words without dashes in front are given by their place. Options may not be abbreviated. A tool
+writes its result completely or not at all, and ends with status 2 and one line per problem when it cannot do its work.
+"""
+
+
 def document(sets: Mapping[str, type[OptionSet]]) -> str:
-    """Return the page for scripts by name."""
+    """Return the page for training scripts by name."""
     return _INTRODUCTION + "".join(_script(name, options_class) for name, options_class in sets.items())
 
 
+def tool_document(sets: Mapping[str, type[OptionSet]]) -> str:
+    """Return the page for tools by the name of their module."""
+    return _TOOLS_INTRODUCTION + "".join(_tool(name, options_class) for name, options_class in sets.items())
+
+
+def _tool(module: str, options_class: type[OptionSet]) -> str:
+    about = (inspect.getdoc(importlib.import_module(module)) or "").partition("\n\n")[0]
+    words = usage(module.replace(".", "/"), places_of(options_class))
+    return f"\n## {module.replace('.', '/')}.py\n\n{about}\n\n    python {words}\n" + "".join(
+        _table(title, lines, members, options_class.script, resume=False)
+        for title, lines, members in _groups(options_class)
+    )
+
+
 def _script(name: str, options_class: type[OptionSet]) -> str:
-    parts = [f"\n## {name}.py\n"]
+    return f"\n## {name}.py\n" + "".join(
+        _table(title, about, members, name, resume=True) for title, about, members in _groups(options_class)
+    )
+
+
+def _groups(options_class: type[OptionSet]) -> Iterator[tuple[str, str, list[Option]]]:
+    """Yield title, sentence and options of every group that offers any."""
     offered = [option for option in options_class.options().values() if option.offered]
     for title, about in group_headings(options_class).items():
         members = [option for option in offered if option.title == title]
         if members:
-            parts.append(
-                f"\n### {title}\n\n{about}\n\n| option | type | default | effect | resume |\n|---|---|---|---|---|\n"
-            )
-            parts.extend(_row(option, name) for option in members)
-    return "".join(parts)
+            yield title, about, members
 
 
-def _row(option: Option, script: str) -> str:
+def _table(title: str, about: str, members: Sequence[Option], script: str, *, resume: bool) -> str:
+    columns = ["option", "type", "default", "effect", *(["resume"] if resume else [])]
+    head = f"\n### {title}\n\n{about}\n\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
+    return head + "".join(_row(option, script, resume=resume) for option in members)
+
+
+def _row(option: Option, script: str, *, resume: bool) -> str:
     kind = type_name(option.annotation)
     if option.choices:
         kind = ", ".join(f"`{choice}`" for choice in option.choices)
@@ -60,7 +102,7 @@ def _row(option: Option, script: str) -> str:
         kind,
         f"`{default}`" if default else "",
         effect,
-        "exact" if option.exact else "free",
+        *(["exact" if option.exact else "free"] if resume else []),
     ]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
@@ -94,20 +136,38 @@ def _others(conditions: Mapping[str, tuple[Any, ...]]) -> str:
 
 def option_sets() -> dict[str, type[OptionSet]]:
     """Import the entry scripts, which must be on the path, and return their options."""
-    found = {}
-    for name in SCRIPTS:
-        classes = inspect.getmembers(importlib.import_module(name), inspect.isclass)
-        found[name] = next(
-            member for _, member in classes if issubclass(member, OptionSet) and member.__module__ == name
+    return {name: _declared_in(name) for name in SCRIPTS}
+
+
+def tool_modules() -> list[str]:
+    """Return the modules below `TOOL_FOLDERS` that declare options, found without importing them."""
+    return [
+        f"{folder}.{path.stem}"
+        for folder in TOOL_FOLDERS
+        for path in sorted((ROOT / folder).glob("*.py"))
+        if any(
+            isinstance(node, ast.ClassDef) and node.name == "Options"
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
         )
-    return found
+    ]
+
+
+def tool_option_sets() -> dict[str, type[OptionSet]]:
+    """Import the tools and return their options by module."""
+    return {name: _declared_in(name) for name in tool_modules()}
+
+
+def _declared_in(module: str) -> type[OptionSet]:
+    classes = inspect.getmembers(importlib.import_module(module), inspect.isclass)
+    return next(member for _, member in classes if issubclass(member, OptionSet) and member.__module__ == module)
 
 
 def main() -> None:
-    """Write the page."""
+    """Write both pages."""
     from library.files import write_text
 
     write_text(TARGET, document(option_sets()))
+    write_text(TOOLS_TARGET, tool_document(tool_option_sets()))
 
 
 if __name__ == "__main__":

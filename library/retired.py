@@ -15,19 +15,17 @@ class NoEffect(NamedTuple):
     refuse: bool
 
 
+def _in_both(reason: str) -> dict[str, NoEffect]:
+    return dict.fromkeys(("train_db", "train_network"), NoEffect(reason, refuse=False))
+
+
 NO_EFFECT_IN: dict[str, dict[str, NoEffect]] = {
     "fp8_base": {
         "train_db": NoEffect("it stores frozen weights in 8 bits, and here the weights themselves are trained", True),
     },
-    "lowram": {
-        "train_db": NoEffect("files are always mapped, and weights go straight from them to the GPU", False),
-    },
-    "tokenizer_cache_dir": {
-        "train_db": NoEffect("the CLIP vocabulary is built in, so there is nothing to download or keep", False),
-    },
-    "conditioning_data_dir": {
-        "train_db": NoEffect("masks are named by the subsets of --dataset_config (key conditioning_data_dir)", False),
-    },
+    "lowram": _in_both("files are always mapped, and weights go straight from them to the GPU"),
+    "tokenizer_cache_dir": _in_both("the CLIP vocabulary is built in, so there is nothing to download or keep"),
+    "conditioning_data_dir": _in_both("masks are named by the subsets of --dataset_config (key conditioning_data_dir)"),
 }
 """Option -> script -> reason. A test holds every option either to be used or to stand here."""
 
@@ -38,16 +36,20 @@ _BY_OWNER = {
         base_weights_multiplier
         unet_lr text_encoder_lr no_metadata training_comment initial_epoch initial_step skip_until_initial_step
         validation_split validation_seed validate_every_n_steps validate_every_n_epochs max_validation_steps
-        fp8_base_unet cpu_offload_checkpointing""",
+        fp8_base_unet cpu_offload_checkpointing cache_text_encoder_outputs cache_text_encoder_outputs_to_disk
+        text_encoder_batch_size""",
+    "training whole models (train_db.py)": """
+        learning_rate_te stop_text_encoder_training no_token_padding use_safetensors""",
+    "training on metadata (fine_tune.py, train_network.py)": """
+        in_json dataset_repeats""",
     "training on metadata (fine_tune.py)": """
-        in_json dataset_repeats train_text_encoder diffusers_xformers""",
+        train_text_encoder diffusers_xformers""",
     "textual inversion (train_textual_inversion.py)": """
         token_string init_word num_vectors_per_token weights use_object_template use_style_template""",
     "ControlNet training": """
         controlnet_model_name_or_path control_net_lr cond_emb_dim""",
     "SDXL training": """
-        learning_rate_te1 learning_rate_te2 block_lr fused_optimizer_groups cache_text_encoder_outputs
-        cache_text_encoder_outputs_to_disk disable_mmap_load_safetensors text_encoder_batch_size""",
+        learning_rate_te1 learning_rate_te2 block_lr fused_optimizer_groups disable_mmap_load_safetensors""",
     "Stable Cascade training": """
         stage_c_checkpoint_path effnet_checkpoint_path text_model_checkpoint_path save_text_model
         previewer_checkpoint_path adaptive_loss_weight""",

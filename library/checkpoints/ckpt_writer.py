@@ -10,7 +10,7 @@ import io
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +78,7 @@ def write_ckpt(
     *,
     precision: torch.dtype | None = None,
     require_finite: bool = False,
+    progress: Callable[[int], object] | None = None,
 ) -> None:
     """Write tensors as a pickled checkpoint that `torch.load(weights_only=True)` opens.
 
@@ -87,6 +88,7 @@ def write_ckpt(
         counters: numbers beside the ``state_dict`` (epoch, global_step); None writes the bare table (a ``.bin`` file).
         precision: dtype that floating point tensors are converted to on the way; None keeps each tensor's own.
         require_finite: refuse to write NaN and infinity, also those that the conversion makes.
+        progress: called with the number of bytes after each tensor.
 
     Raises:
         NonFiniteWeights: `require_finite` and a tensor is not; nothing was written.
@@ -110,6 +112,8 @@ def write_ckpt(
         for number, (name, tensor) in enumerate(tensors.items()):
             pieces = tensor_bytes(name, tensor, precision, require_finite=require_finite, path=path)
             archive.add(f"{_ROOT}/data/{number}", pieces, sizes[name])
+            if progress is not None:
+                progress(sizes[name])
         archive.add(f"{_ROOT}/version", [b"3\n"], 2)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from library.checkpoints import key_maps
 from library.checkpoints.headers import SafetensorsHeader, file_kind, read_header, read_tensor_bytes
+from library.checkpoints.lora_names import looks_like_adapter
 from library.errors import UserError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -26,6 +27,9 @@ _LABELS = {
     "sd2": "Stable Diffusion 2.x",
     "sdxl": "SDXL base",
     "sdxl-refiner": "the SDXL refiner",
+    "sd3": "Stable Diffusion 3",
+    "flux": "FLUX",
+    "cascade": "Stable Cascade",
     "lora": "a LoRA or another adapter",
     "controlnet": "a ControlNet",
     "vae": "a VAE alone",
@@ -70,7 +74,12 @@ class CheckpointInfo:
     def label(self) -> str:
         """The family in words, with the kind of U-Net where it is not the plain one."""
         special = {9: " for inpainting", 5: " for depth", 8: " for image editing"}.get(self.in_channels or 0, "")
-        return _LABELS.get(self.family, self.family) + special
+        return family_label(self.family) + special
+
+
+def family_label(family: str) -> str:
+    """Return the name of a family for messages."""
+    return _LABELS.get(family, family)
 
 
 def inspect(path: str | Path) -> CheckpointInfo:
@@ -147,18 +156,7 @@ def _family_of_names(shapes: Shapes) -> str:
 _NAME_TESTS: tuple[tuple[str, Callable[[str], bool]], ...] = (
     ("sdxl", lambda name: name.startswith("conditioner.embedders.1.")),
     ("sdxl-refiner", lambda name: name.startswith("conditioner.embedders.0.model.")),
-    (
-        "lora",
-        lambda name: (
-            name.startswith(("lora_unet_", "lora_te", "lycoris_"))
-            or ".lora_A." in name
-            or ".lora_up." in name
-            or ".lora_down." in name
-            or ".lora.up." in name
-            or ".hada_w1" in name
-            or ".lokr_w" in name
-        ),
-    ),
+    ("lora", looks_like_adapter),
     ("controlnet", lambda name: name.startswith(("control_model.", "controlnet_cond_embedding.", "input_hint_block."))),
     ("embedding", lambda name: name in ("emb_params", "clip_l", "clip_g")),
 )

@@ -36,27 +36,41 @@ _WEIGHTS = re.compile(
 )
 
 
-def choose_weights(names: Iterable[str]) -> str | None:
-    """Choose among the file names of one component: safetensors before pickles, no variant before ``fp16``, others."""
+def choose_weights(names: Iterable[str], variant: str | None = None) -> str | None:
+    """Choose among the file names of one component: safetensors before pickles, no variant before ``fp16``, others.
+
+    Args:
+        names: the files of its folder.
+        variant: only files of this variant, such as ``fp16``; None for any.
+    """
     candidates = []
     for name in names:
         match = _WEIGHTS.match(name)
         if match is None or re.search(r"-\d{5}-of-\d{5}", name):
             continue
-        variant = (match[2] or match[5] or "").lstrip(".")
-        order = (match[3] != "safetensors", variant != "", variant != "fp16", match[4] is not None, name)
+        found = (match[2] or match[5] or "").lstrip(".")
+        if variant not in (None, found):
+            continue
+        order = (match[3] != "safetensors", found != "", found != "fp16", match[4] is not None, name)
         candidates.append((order, name))
     return min(candidates)[1] if candidates else None
 
 
-def open_folder_weights(folder: Path) -> Mapping[str, Tensor]:
+def is_weights_file(name: str) -> bool:
+    """Whether a file of a component holds weights or lists their shards, in whatever variant."""
+    return _WEIGHTS.match(name) is not None or re.search(r"-\d{5}-of-\d{5}\.(safetensors|bin)$", name) is not None
+
+
+def open_folder_weights(folder: Path, variant: str | None = None) -> Mapping[str, Tensor]:
     """Open the weights of one component (`unet`, `vae`, `text_encoder`), sharded or not.
 
     Raises:
-        UserError: there are none, or a shard is missing or lies elsewhere.
+        UserError: there are none, or none of `variant`, or a shard is missing or lies elsewhere.
     """
     names = [item.name for item in folder.iterdir()] if folder.is_dir() else []
-    chosen = choose_weights(names)
+    chosen = choose_weights(names, variant)
+    if chosen is None and variant is not None and (other := choose_weights(names)) is not None:
+        raise UserError(f"no weights of the variant {variant!r} in this folder", f"It has {other}", where=str(folder))
     if chosen is None:
         hint = "Expected diffusion_pytorch_model.safetensors, model.safetensors or their .bin forms"
         raise UserError("no weights in this folder", hint, where=str(folder))

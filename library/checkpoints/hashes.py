@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,54 @@ def legacy_hash(path: str | Path) -> str:
     with Path(path).open("rb") as file:
         file.seek(_LEGACY_OFFSET)
         return hashlib.sha256(file.read(_LEGACY_LENGTH)).hexdigest()[:8]
+
+
+def data_sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a safetensors file without its header: it stays when metadata change (`sshs_model_hash`).
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        file.seek(int.from_bytes(file.read(8), "little"), os.SEEK_CUR)
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class NetworkHashes:
+    """The two hashes in the metadata of LoRA files, taken from the tensor data as they pass.
+
+    Args:
+        header: what the file would begin with if its only metadata were the `ss_` ones; the older hash is of a window
+            at a fixed place of such a file, which reaches into the header of large ones.
+    """
+
+    PLACEHOLDERS: Mapping[str, str] = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8}
+    """Entries as long as the final ones."""
+
+    def __init__(self, header: bytes) -> None:
+        self._whole = hashlib.sha256()
+        self._window = hashlib.sha256()
+        self._position = 0
+        self._add_to_window(header)
+
+    def update(self, data: memoryview) -> None:
+        """Take the next piece of the data."""
+        self._whole.update(data)
+        self._add_to_window(data)
+
+    def _add_to_window(self, data: bytes | memoryview) -> None:
+        start = max(0, _LEGACY_OFFSET - self._position)
+        stop = _LEGACY_OFFSET + _LEGACY_LENGTH - self._position
+        if stop > 0:
+            self._window.update(data[start:stop])
+        self._position += len(data)
+
+    def entries(self) -> dict[str, str]:
+        """Return the metadata entries."""
+        return {"sshs_model_hash": self._whole.hexdigest(), "sshs_legacy_hash": self._window.hexdigest()[:8]}
 
 
 def model_hashes(name: str) -> dict[str, str]:

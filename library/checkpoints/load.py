@@ -26,19 +26,23 @@ _log = logging.getLogger(__name__)
 _CARRIED_BYTES = 512 * 1024**2
 
 
-def load_parts(name: str, family: str, vae: str | None = None) -> LoadedParts:
+def load_parts(name: str, family: str, vae: str | None = None, *, variant: str | None = None) -> LoadedParts:
     """Read a Stable Diffusion 1.x or 2.x model.
 
     Args:
         name: a file, a Diffusers folder, or a hub id.
         family: ``sd1`` or ``sd2``, as the options say.
         vae: another VAE in place of the model's own: a checkpoint, a VAE file, a folder or id (root or its `vae`).
+        variant: which weights of a folder to read (``fp16`` for files named `*.fp16.safetensors`); None for the best.
 
     Raises:
         UserError: the model cannot be found or read, is damaged, of another family, or lacks a part.
     """
     path = resolve_model(name)
-    loaded = _load_folder(path, name, family, vae) if path.is_dir() else _load_file(path, name, family, vae)
+    if path.is_dir():
+        loaded = _load_folder(path, name, family, vae, variant)
+    else:
+        loaded = _load_file(path, name, family, vae)
     where = str(path)
     for tensors, origin in ((loaded.unet, where), (loaded.text, where), (loaded.vae, vae or where)):
         check_tensors(tensors, origin)
@@ -57,7 +61,7 @@ def load_vae(name: str) -> Part:
     path = resolve_model(name, option="--vae")
     if path.is_dir():
         folder = path if (path / "config.json").is_file() else path / "vae"
-        return _folder_vae(folder)
+        return _folder_vae(folder, None)
     return vae_part(_open_file(path).tensors, str(path))
 
 
@@ -146,16 +150,16 @@ def _carry(tensors: Tensors, used: set[str], info: CheckpointInfo) -> dict[str, 
 # Diffusers folders -------------------------------------------------------------------------------------------------
 
 
-def _load_folder(path: Path, name: str, family: str, vae: str | None) -> LoadedParts:
+def _load_folder(path: Path, name: str, family: str, vae: str | None, variant: str | None) -> LoadedParts:
     info = inspect(path)
     require_family(info, family, replaced=("VAE",) if vae else ())
-    unet = dict(open_folder_weights(path / "unet"))
+    unet = dict(open_folder_weights(path / "unet", variant))
     unet_config = _configured(path / "unet", unet, model_configs.unet_config(shapes_of(unet), family))
-    stored = open_folder_weights(path / "text_encoder")
+    stored = open_folder_weights(path / "text_encoder", variant)
     names = {key: key_maps.text_name_to_memory(key) for key in stored}
     text = {name: stored[key] for key, name in names.items() if name is not None}
     text_config = _configured(path / "text_encoder", text, model_configs.text_config(shapes_of(text), family))
-    autoencoder = _folder_vae(path / "vae") if vae is None else load_vae(vae)
+    autoencoder = _folder_vae(path / "vae", variant) if vae is None else load_vae(vae)
     source = SourceInfo(
         name=name,
         path=path,
@@ -173,8 +177,8 @@ def _configured(folder: Path, tensors: Tensors, derived: dict[str, Any]) -> dict
     return {**derived, **given}
 
 
-def _folder_vae(folder: Path) -> Part:
-    raw = open_folder_weights(folder)
+def _folder_vae(folder: Path, variant: str | None) -> Part:
+    raw = open_folder_weights(folder, variant)
     table = key_maps.vae_to_memory(raw)
     vae, derived = square_attention({table[name]: tensor for name, tensor in raw.items()})
     return vae, _configured(folder, vae, derived)

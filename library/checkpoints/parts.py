@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +68,7 @@ class SaveSettings:
         step: updates trained, alike.
         zero_terminal_snr: the schedule was rescaled; the scheduler of a Diffusers folder says so.
         allow_nan: write NaN and infinity instead of refusing.
+        progress: called with numbers of bytes as they are written.
     """
 
     precision: torch.dtype | None = None
@@ -76,3 +77,4 @@ class SaveSettings:
     step: int = 0
     zero_terminal_snr: bool = False
     allow_nan: bool = False
+    progress: Callable[[int], object] | None = None

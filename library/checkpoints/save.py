@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from library.checkpoints import key_maps
 from library.checkpoints.ckpt_writer import write_ckpt
 from library.checkpoints.parts import ModelParts, SaveSettings, SourceInfo
-from library.checkpoints.save_folder import save_folder
+from library.checkpoints.save_folder import save_folder, write_options
 from library.checkpoints.tensor_files import LazyTensor, write_safetensors
 
 if TYPE_CHECKING:
@@ -77,16 +77,14 @@ def save_checkpoint(
         return target
     tensors = file_tensors(parts, spec.name, source)
     if kind == "safetensors":
-        write_safetensors(
-            target, tensors, settings.metadata, precision=settings.precision, require_finite=not settings.allow_nan
-        )
+        write_safetensors(target, tensors, settings.metadata, **write_options(settings))
     else:
         before = source.counters if source is not None else {}
         counters = {
             "epoch": settings.epoch + before.get("epoch", 0),
             "global_step": settings.step + before.get("global_step", 0),
         }
-        write_ckpt(target, tensors, counters, precision=settings.precision, require_finite=not settings.allow_nan)
+        write_ckpt(target, tensors, counters, **write_options(settings))
     return target
 
 

@@ -45,7 +45,7 @@ def save_folder(
         source: its small files and unused tensors are carried over if it is a Diffusers folder.
         settings: precision, and whether the schedule was rescaled.
     """
-    options: dict[str, Any] = {"precision": settings.precision, "require_finite": not settings.allow_nan}
+    options = write_options(settings)
     weights = _weights(parts, source, safetensors=kind == "diffusers_safetensors")
     size = sum(stored_size(tensor, settings.precision) for table in weights.values() for tensor in table.values())
     with atomic_folder(target, size=size) as folder:
@@ -59,6 +59,15 @@ def save_folder(
                     write_safetensors(folder / name, tensors, {"format": "pt"}, **options)
         except NonFiniteWeights as error:
             raise NonFiniteWeights(error.names, target, error.cause) from error
+
+
+def write_options(settings: SaveSettings) -> dict[str, Any]:
+    """Return the arguments that `write_safetensors` and `write_ckpt` take from the settings of a save."""
+    return {
+        "precision": settings.precision,
+        "require_finite": not settings.allow_nan,
+        "progress": settings.progress,
+    }
 
 
 def _weights(parts: ModelParts, source: SourceInfo | None, *, safetensors: bool) -> dict[str, Tensors]:

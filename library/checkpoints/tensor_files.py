@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.checkpoints.hashes import NetworkHashes
 from library.checkpoints.headers import DTYPE_BITS, SafetensorsHeader, file_kind, read_header
 from library.errors import EXIT_DIVERGED, StopTraining, UserError
 from library.files import NewFile, atomic_file
@@ -213,6 +214,8 @@ def write_safetensors(
     *,
     precision: torch.dtype | None = None,
     require_finite: bool = False,
+    progress: Callable[[int], object] | None = None,
+    network_hashes: bool = False,
 ) -> None:
     """Write a safetensors file tensor by tensor, byte for byte as the safetensors library would.
 
@@ -222,6 +225,8 @@ def write_safetensors(
         metadata: strings for the header.
         precision: dtype that floating point tensors are converted to on the way; None keeps each tensor's own.
         require_finite: refuse to write NaN and infinity, also those that the conversion makes.
+        progress: called with the number of bytes after each piece of a tensor.
+        network_hashes: add the hashes that LoRA files carry, computed while the data are written.
 
     Raises:
         NonFiniteWeights: `require_finite` and a tensor is not; nothing was written.
@@ -232,7 +237,12 @@ def write_safetensors(
     kinds = {name: _format_dtype(name, tensor, precision, names) for name, tensor in tensors.items()}
     order = sorted(tensors, key=lambda name: (-_RANK[kinds[name]], name))
     sizes = {name: stored_size(tensors[name], precision) for name in order}
-    header = _encode_header({name: (kinds[name], tensors[name].shape, sizes[name]) for name in order}, metadata)
+    rows = {name: (kinds[name], tensors[name].shape, sizes[name]) for name in order}
+    header, hashes = _encode_header(rows, metadata), None
+    if network_hashes:
+        texts = dict(metadata or {})
+        header = _encode_header(rows, {**texts, **NetworkHashes.PLACEHOLDERS})
+        hashes = NetworkHashes(_encode_header(rows, {n: text for n, text in texts.items() if n.startswith("ss_")}))
     with ExitStack() as stack:
         temporary = stack.enter_context(atomic_file(path, check=read_header, size=len(header) + sum(sizes.values())))
         file = stack.enter_context(NewFile(temporary))
@@ -240,6 +250,12 @@ def write_safetensors(
         for name in order:
             for data in tensor_bytes(name, tensors[name], precision, require_finite=require_finite, path=path):
                 file.write(data)
+                if progress is not None:
+                    progress(data.nbytes)
+                if hashes is not None:
+                    hashes.update(data)
+        if hashes is not None:
+            file.rewrite_start(_encode_header(rows, {**texts, **hashes.entries()}))
 
 
 def _format_dtype(name: str, tensor: Tensor | LazyTensor, precision: Any, names: Mapping[Any, str]) -> str:

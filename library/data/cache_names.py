@@ -80,8 +80,17 @@ class LatentNeed:
 def cache_path(record: ImageRecord, rules: CacheRules, suffix: str | None = None) -> str:
     """Return the name of an image's cache file; `suffix=LEGACY` gives `<stem>.npz`, None the family's own name."""
     suffix = rules.suffix if suffix is None else suffix
-    stem, _ = os.path.splitext(_mirrored(record.path, rules))  # noqa: PTH122 - names may hold bytes that Path changes
     ending = ".npz" if suffix == LEGACY else f"_{record.size_wh[0]:04d}x{record.size_wh[1]:04d}{suffix}.npz"
+    return _beside(record.path, ending, rules)
+
+
+def text_cache_path(path: str, rules: CacheRules) -> str:
+    """Return the name of the file with the text encoder outputs for the image at `path`: `<stem><suffix>.npz`."""
+    return _beside(path, f"{rules.suffix}.npz", rules)
+
+
+def _beside(path: str, ending: str, rules: CacheRules) -> str:
+    stem, _ = os.path.splitext(_mirrored(path, rules))  # noqa: PTH122 - names may hold bytes that Path changes
     folder, name = os.path.split(stem)
     if len(os.fsencode(name)) + len(ending) > _MAX_NAME:
         mark = hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()

@@ -9,8 +9,6 @@ accepted on names and shapes alone. Nothing is ever unpickled, and a broken file
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -21,33 +19,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from library.data.cache_files import (
+    META,
+    MISSING,
+    OTHER_FAMILY,
+    UNREADABLE,
+    BrokenCache,
+    fits,
+    meta_array,
+    opened,
+    read_array,
+    read_meta,
+    write_cache,
+)
 from library.data.cache_names import LEGACY, CacheRules, LatentNeed, cache_path
-from library.data.npz import BrokenNpz, NpzFile, pack_npz
+from library.data.npz import BrokenNpz, NpzFile
 from library.errors import UserError
-from library.files import atomic_file
-from library.new_file import NewFile
 
-_log = logging.getLogger(__name__)
-
-MISSING = "not cached yet"
 OTHER_RESOLUTION = "other resolution"
-UNREADABLE = "unreadable"
 IMAGE_CHANGED = "image changed"
 OTHER_VAE = "other VAE"
 OTHER_RESIZE = "other resizing or cropping"
 NO_MASK = "mask missing"
 NO_MIRROR = "mirrored latents missing"
-OTHER_FAMILY = "made for another model family"
 
-FORMAT = 1
-_META = "meta_json"
 _ARRAYS = ("latents", "latents_flipped", "alpha_mask", "original_size", "crop_ltrb")
-_MAX_META = 1 << 18
 _MAX_KEPT = 1 << 26
-
-
-class BrokenCache(Exception):
-    """A cache entry that cannot be used; `str()` is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,17 +95,12 @@ def check_file(path: str, need: LatentNeed, rules: CacheRules, vae: str, *, fore
     try:
         if rules.skip_check:
             return None if Path(path).is_file() and not foreign else MISSING
-        with NpzFile(path) as file:
+        with opened(path) as file:
             ending = _ending(file, need.shape)
             reason = _missing_array(file, need, ending)
             origin = _origin(file, need.variant) if ending else None
-    except FileNotFoundError:
-        return MISSING
     except BrokenCache as error:
-        return str(error)
-    except (BrokenNpz, OSError) as error:
-        _log.debug("%s: %s", path, error)
-        return UNREADABLE
+        return error.reason
     if reason is not None:
         return reason
     if origin is None:
@@ -127,37 +119,17 @@ def _ending(file: NpzFile, shape: tuple[int, int, int]) -> str:
 
 
 def _missing_array(file: NpzFile, need: LatentNeed, ending: str) -> str | None:
-    if not _fits(file, f"latents{ending}", need.shape):
+    if not fits(file, f"latents{ending}", need.shape):
         return OTHER_RESOLUTION
-    if need.flip and not _fits(file, f"latents_flipped{ending}", need.shape):
+    if need.flip and not fits(file, f"latents_flipped{ending}", need.shape):
         return NO_MIRROR
-    if need.mask and not _fits(file, f"alpha_mask{ending}", need.mask_shape):
+    if need.mask and not fits(file, f"alpha_mask{ending}", need.mask_shape):
         return NO_MASK
     return None
 
 
-def _fits(file: NpzFile, name: str, shape: tuple[int, ...]) -> bool:
-    if name not in file:
-        return False
-    header = file.header(name)
-    return header.shape == shape and np.dtype(header.dtype).kind == "f"
-
-
-def _meta(file: NpzFile) -> dict[str, Any]:
-    """Return the record of origin of all variants; empty when another program wrote the file."""
-    if _META not in file:
-        return {}
-    try:
-        found = json.loads(str(file.read(_META, _MAX_META)[()]))
-    except (ValueError, RecursionError, IndexError) as error:
-        raise BrokenNpz("meta_json cannot be parsed") from error
-    if not isinstance(found, dict) or not isinstance(found.get("variants"), dict):
-        raise BrokenNpz("meta_json has another form")
-    return found
-
-
 def _origin(file: NpzFile, variant: str) -> dict[str, Any] | None:
-    found = _meta(file).get("variants", {}).get(variant)
+    found = read_meta(file, "variants").get(variant)
     if found is not None and not isinstance(found, dict):
         raise BrokenNpz("meta_json has another form")
     return found
@@ -206,34 +178,20 @@ def read_latents(
     Raises:
         BrokenCache: whatever is wrong with the file.
     """
-    try:
-        with NpzFile(path) as file:
-            ending = _ending(file, shape)
-            name = f"latents_flipped{ending}" if flipped else f"latents{ending}"
-            latents = _array(file, name, shape)
-            mask = None if mask_shape is None else _array(file, f"alpha_mask{ending}", mask_shape)
-    except FileNotFoundError as error:
-        raise BrokenCache(MISSING) from error
-    except (BrokenNpz, OSError) as error:
-        raise BrokenCache(f"{UNREADABLE}: {error}") from error
+    with opened(path) as file:
+        ending = _ending(file, shape)
+        name = f"latents_flipped{ending}" if flipped else f"latents{ending}"
+        latents = _array(file, name, shape)
+        mask = None if mask_shape is None else _array(file, f"alpha_mask{ending}", mask_shape)
     if mask is not None and flipped:
         mask = np.ascontiguousarray(mask[:, ::-1])
     return CachedLatents(latents, mask)
 
 
 def _array(file: NpzFile, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    if not _fits(file, name, shape):
+    if not fits(file, name, shape):
         raise BrokenCache(f"{OTHER_RESOLUTION}: no fitting {name}")
-    array = file.read(name, 8 * int(np.prod(shape))).astype(np.float32)
-    if not np.isfinite(array).all():
-        raise BrokenCache(f"{UNREADABLE}: {name} is not finite")
-    return array
-
-
-def set_aside(path: str) -> None:
-    """Rename a broken cache file to `<name>.corrupt`, so that the next start makes it anew."""
-    with suppress(OSError):
-        os.replace(path, f"{path}.corrupt")  # noqa: PTH105
+    return read_array(file, name, shape)
 
 
 def require_finite(path: str, arrays: Iterable[NDArray[Any] | None]) -> None:
@@ -285,10 +243,8 @@ def write_latents(
     if rules.use_hash:
         origin["source_sha256"] = file_sha256(need.record.path)
     variants[need.variant] = origin
-    values[_META] = np.array(json.dumps({"format": FORMAT, "variants": variants}))
-    data = pack_npz(values, kept)
-    with atomic_file(path, size=len(data), sync=False, kind="cache") as temporary, NewFile(temporary, "cache") as file:
-        file.write(data)
+    values[META] = meta_array("variants", variants)
+    write_cache(path, values, kept)
 
 
 def _what_stays(path: str, need: LatentNeed) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
@@ -297,7 +253,7 @@ def _what_stays(path: str, need: LatentNeed) -> tuple[dict[str, Any], list[tuple
         with NpzFile(path) as file:
             kept = list(_other_members(file, need))
             try:
-                variants = dict(_meta(file).get("variants", {}))
+                variants = dict(read_meta(file, "variants"))
             except BrokenNpz:
                 variants = {}
     except (BrokenNpz, OSError):
@@ -306,7 +262,7 @@ def _what_stays(path: str, need: LatentNeed) -> tuple[dict[str, Any], list[tuple
 
 
 def _other_members(file: NpzFile, need: LatentNeed) -> Iterator[tuple[str, bytes]]:
-    replaced = {f"{name}_{need.variant}" for name in _ARRAYS} | {_META}
+    replaced = {f"{name}_{need.variant}" for name in _ARRAYS} | {META}
     with suppress(BrokenNpz):
         # Old names of the same size would go stale unnoticed by programs that know only them.
         if "latents" in file and file.header("latents").shape[-2:] == need.shape[1:]:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 from library.data.dataset_spec import SubsetSpec
 
+_DROPPING = ("caption_dropout_rate", "caption_dropout_every_n_epochs")
+
 Replacement = tuple[str, str | Sequence[str]]
 
 # Protected braces are held by characters that `clean_caption` keeps out of captions.
@@ -70,8 +72,19 @@ class CaptionPipeline:
         return tuple(found)
 
     def deterministic(self) -> bool:
-        """Tell whether a caption is the same at every visit, so that its text encoder outputs can be cached."""
+        """Tell whether a caption is the same at every visit."""
         return not self.random_options()
+
+    def varying_options(self) -> tuple[str, ...]:
+        """Return the options that make a caption differ from visit to visit when it is not dropped.
+
+        None: only two texts are ever served, `undropped` and the empty one, whose text encoder outputs can be cached.
+        """
+        return tuple(name for name in self.random_options() if name not in _DROPPING)
+
+    def undropped(self, text: str) -> str:
+        """Return the caption of every visit that does not drop it, where there are no `varying_options`."""
+        return self._finished(self._framed(text), random.Random(0), 0)
 
     def process(self, text: str, rng: random.Random, *, epoch: int, step: int) -> str:
         """Return the caption of one visit.
@@ -82,13 +95,17 @@ class CaptionPipeline:
             epoch: Counted from 1.
             step: Optimizer updates done, from 0.
         """
+        text = self._framed(text)
+        return "" if self._dropped(rng, epoch) else self._finished(text, rng, step)
+
+    def _framed(self, text: str) -> str:
         subset = self._subset
         if subset.caption_prefix:
             text = f"{subset.caption_prefix} {text}"
-        if subset.caption_suffix:
-            text = f"{text} {subset.caption_suffix}"
-        if self._dropped(rng, epoch):
-            return ""
+        return f"{text} {subset.caption_suffix}" if subset.caption_suffix else text
+
+    def _finished(self, text: str, rng: random.Random, step: int) -> str:
+        subset = self._subset
         text = self._choose_line(text, rng)
         if subset.enable_wildcard:
             text = expand_wildcards(text, rng)

@@ -18,11 +18,13 @@ from library.data.dataset_config import load_dataset_specs
 from library.data.dataset_spec import DatasetSpec
 from library.data.foreign import open_foreign
 from library.data.latent_store import LatentMemory, LatentPlan, LatentSource, plan_latents
+from library.data.mapped_file import MappedFile
 from library.data.options import CacheOptions, DatasetOptions, SubsetOptions
 from library.data.plan import EpochPlan, EpochPlanner
 from library.data.records import RecordTable
 from library.data.scan import ScanContext, ScanResult, scan_datasets
-from library.data.serving import BatchDataset, Catalogue, Placements, Reading
+from library.data.serving import BatchDataset, Catalogue, Placements, Reading, TextSource
+from library.data.spec_checks import cache_problems, mask_problems, varying_captions, warn_of_unused_caches
 from library.data.summary import count_images, describe, fingerprint, summarise
 from library.errors import Problem, raise_problems
 
@@ -147,6 +149,15 @@ class TrainingData:
         masks = bool((catalogue.table.columns.mask_folders >= 0).any())
         return catalogue.latents is not None and not catalogue.family.needs_pixels and not masks
 
+    @property
+    def fixed_captions(self) -> bool:
+        """Whether captions that are not dropped are always the same, so that what encoders make of them can be kept."""
+        return not any(varying_captions(self.specs))
+
+    def use_texts(self, texts: TextSource) -> None:
+        """Serve cached outputs of text encoders from now on, in place of token ids."""
+        self.catalogue = replace(self.catalogue, texts=texts)
+
     def latent_plan(self, vae: str) -> LatentPlan:
         """Look at the latent cache of every image.
 
@@ -159,7 +170,13 @@ class TrainingData:
         to_disk = self.cache.cache_latents_to_disk
         if to_disk and self.cache.skip_cache_check:
             _log.warning("--skip_cache_check: cache files are used without looking into them")
-        return plan_latents(_Needs(self.catalogue), self._identities(), self._rules(), vae, to_disk=to_disk)
+        return plan_latents(
+            _Needs(self.catalogue),
+            self._identities(),
+            self.cache_rules(self.family.latent_cache_suffix),
+            vae,
+            to_disk=to_disk,
+        )
 
     def create_latent_memory(self, plan: LatentPlan) -> LatentMemory | None:
         """Reserve the mapped file for what `plan` keeps in memory: once per node; None when all is on disk.
@@ -182,8 +199,10 @@ class TrainingData:
         if memory is None:
             memory = self.create_latent_memory(plan)
         elif isinstance(memory, str):
-            memory = LatentMemory(memory, plan.slots)
-        source = LatentSource(_Needs(self.catalogue), self._rules(), plan.places, plan.owners, memory)
+            memory = LatentMemory(MappedFile(memory), plan.slots)
+        source = LatentSource(
+            _Needs(self.catalogue), self.cache_rules(self.family.latent_cache_suffix), plan.places, plan.owners, memory
+        )
         self.catalogue = replace(self.catalogue, latents=source)
         self._vae = vae
 
@@ -239,11 +258,12 @@ class TrainingData:
         """Return short JSON-able values that change when anything that training sees of the data changes."""
         return fingerprint(self)
 
-    def _rules(self) -> CacheRules:
+    def cache_rules(self, suffix: str) -> CacheRules:
+        """Return what the options say of the names and the validity of cache files with this suffix."""
         cache = self.cache
         folders = {folder for folder, _ in self.table.folders}
         return CacheRules(
-            suffix=self.family.latent_cache_suffix,
+            suffix=suffix,
             family=self.family.name,
             folder=cache.cache_dir,
             root=mirror_root(sorted(folders)) if cache.cache_dir else "",
@@ -306,10 +326,13 @@ def open_data(
         UserError: holds every problem of the stage that found some.
     """
     if data.dataset_class is not None:
+        warn_of_unused_caches(cache)
         # It offers what training uses of `TrainingData`.
         return cast(TrainingData, open_foreign(data, spec, tokenizers))
-    specs = load_dataset_specs(data, subset, kinds=kinds, bucket_step_multiple=spec.bucket_step_multiple)
-    raise_problems([*_cache_problems(specs, cache), *_mask_problems(specs, data)])
+    specs = load_dataset_specs(
+        data, subset, kinds=kinds, bucket_step_multiple=spec.bucket_step_multiple, in_json=data.in_json
+    )
+    raise_problems([*cache_problems(specs, cache), *mask_problems(specs, data)])
     context = replace(context or ScanContext(), cache_dir=cache.cache_dir, latent_suffix=spec.latent_cache_suffix)
     found = scan_datasets(specs, data, context)
     catalogue = Catalogue(
@@ -347,26 +370,6 @@ def _validation_part(catalogue: Catalogue, found: ScanResult, cache: CacheOption
     )
     placements = place_all(table, [chooser.place for chooser in found.choosers])
     return TrainingData(replace(catalogue, specs=specs, table=table, placements=placements), cache)
-
-
-def _cache_problems(specs: Sequence[DatasetSpec], cache: CacheOptions) -> Iterator[Problem]:
-    """Yield what cannot be had together with cached latents."""
-    if not (cache.cache_latents or cache.cache_latents_to_disk):
-        return
-    for subset in (subset for spec in specs for subset in spec.subsets):
-        for name in ("color_aug", "random_crop"):
-            if getattr(subset, name):
-                yield Problem(subset.label, f"{name} needs the pictures at every visit", "Drop it or --cache_latents.")
-        if subset.face_crop_aug_range is not None:
-            _log.warning("%s: face_crop_aug_range has no effect on cached latents", subset.label)
-
-
-def _mask_problems(specs: Sequence[DatasetSpec], data: DatasetOptions) -> Iterator[Problem]:
-    """Yield that `--masked_loss` has nothing to work with; where some subsets have masks, the rest counts fully."""
-    subsets = [subset for spec in specs for subset in spec.subsets]
-    if data.masked_loss and not any(subset.conditioning_data_dir or subset.alpha_mask for subset in subsets):
-        hint = "Name a conditioning_data_dir in the subsets of a --dataset_config, or use --alpha_mask."
-        yield Problem("--masked_loss", "there are no masks", hint)
 
 
 def place_all(table: RecordTable, choosers: Sequence[Callable[[tuple[int, int]], Placement]]) -> Placements:

@@ -40,6 +40,7 @@ class ForeignData:
 
     uses_latent_cache = False
     reads_only_latents = False
+    fixed_captions = False
     validation = None
     skipped: tuple[Any, ...] = ()
 

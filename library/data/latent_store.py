@@ -6,39 +6,31 @@ stores the results; `LatentSource` serves them to loader workers. Nothing here k
 
 from __future__ import annotations
 
-import os
-import tempfile
-import time
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from library import files
 from library.data import caches
+from library.data.cache_files import (
+    IN_MEMORY,
+    READ_ONLY_FOLDER,
+    BrokenCache,
+    CacheFolders,
+    look_at_all,
+    setting_aside,
+)
 from library.data.cache_names import LEGACY as OLD_NAME
 from library.data.cache_names import CacheRules, LatentNeed, cache_path
-from library.data.caches import BrokenCache, CachedLatents
-from library.errors import UserError
-from library.lock_file import process_alive
-from library.new_file import format_bytes
+from library.data.caches import CachedLatents
+from library.data.mapped_file import MappedFile
 
 NOWHERE, OWN, LEGACY, OTHER, MEMORY = range(5)
-IN_MEMORY = "kept in memory"
-READ_ONLY_FOLDER = "folder is not writable, kept in memory"
 SHARED_NAME = "another image or resizing uses the same file, kept in memory"
-
-_CHUNK = 256
-_PREFIX = "latents-"
-_LITTER_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +109,10 @@ class LatentMemory:
     bytes if needed, and one byte that says that the row is filled.
     """
 
-    def __init__(self, path: str, slots: NDArray[np.int64]) -> None:
-        self.path = path
+    def __init__(self, file: MappedFile, slots: NDArray[np.int64]) -> None:
+        self._file = file
         self._slots = slots
         self._offsets = np.cumsum(slots) - slots
-        self._map: Any = None
 
     @classmethod
     def create(cls, slots: NDArray[np.int64], folder: str | None = None) -> LatentMemory:
@@ -130,56 +121,20 @@ class LatentMemory:
         Raises:
             UserError: there is not enough space.
         """
-        _clean_litter(Path(folder or tempfile.gettempdir()))
-        holder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=folder)
-        path = Path(holder) / "latents.bin"
-        total = max(int(slots.sum()), 1)
-        try:
-            _reserve(path, total)
-        except OSError as error:
-            files.remove_tree(holder)
-            raise UserError(
-                f"cannot reserve {format_bytes(total)} for latents in {holder}: {error.strerror or error}",
-                "Use --cache_latents_to_disk, or point TMPDIR to a larger disk.",
-                where="--cache_latents",
-            ) from error
-        memory = cls(str(path), slots)
-        weakref.finalize(memory, _remove, holder, os.getpid())
-        return memory
+        file = MappedFile.create(int(slots.sum()), what="latents", option="--cache_latents", folder=folder)
+        return cls(file, slots)
+
+    @property
+    def path(self) -> str:
+        """Of the file."""
+        return self._file.path
 
     def slot(self, row: int) -> NDArray[np.uint8]:
         """Return the bytes of a row, shared by all processes of the node."""
-        if self._map is None:
-            self._map = np.memmap(self.path, np.uint8, "r+")
-        start = int(self._offsets[row])
-        return self._map[start : start + int(self._slots[row])]
+        return self._file.bytes(int(self._offsets[row]), int(self._slots[row]))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LatentMemory, (self.path, self._slots)
-
-
-def _reserve(path: Path, size: int) -> None:
-    """Make a file of `size` bytes whose space is taken at once: a full disk must not kill a process later."""
-    with path.open("xb") as file:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
-        else:
-            file.truncate(size)
-
-
-def _clean_litter(folder: Path) -> None:
-    """Remove what killed runs left: such files are large."""
-    for left in folder.glob(f"{_PREFIX}*"):
-        pid = left.name.removeprefix(_PREFIX).partition("-")[0]
-        with suppress(OSError):
-            old = time.time() - left.stat().st_mtime > _LITTER_SECONDS
-            if pid.isdigit() and old and not process_alive(int(pid)):
-                files.remove_tree(left)
-
-
-def _remove(folder: str, owner: int) -> None:
-    if os.getpid() == owner:
-        files.remove_tree(folder)
+        return LatentMemory, (self._file, self._slots)
 
 
 def slot_bytes(need: LatentNeed) -> int:
@@ -212,14 +167,10 @@ class LatentSource:
         if place == MEMORY and self.memory is not None:
             return _read_slot(self.memory.slot(owner), need, flipped=flipped, with_mask=with_mask)
         path = cache_path(need.record, self.rules, self._suffix(place))
-        try:
+        with setting_aside(path):
             return caches.read_latents(
                 path, need.shape, flipped=flipped, mask_shape=need.mask_shape if with_mask else None
             )
-        except BrokenCache as error:
-            if str(error).startswith(caches.UNREADABLE):
-                caches.set_aside(path)
-            raise
 
     def write(self, row: int, vae: str, arrays: dict[str, NDArray[Any] | None]) -> None:
         """Store `latents`, `latents_flipped` and `alpha_mask` (float, 0..1) of an owner row.
@@ -331,7 +282,7 @@ def _look(
     needs: Callable[[int], LatentNeed], rows: Sequence[int], rules: CacheRules, vae: str, *, to_disk: bool
 ) -> list[_Finding]:
     """Check the files of all rows with a few threads; each folder is listed once."""
-    listings: dict[str, frozenset[str]] = {}
+    folders = CacheFolders()
 
     def look(row: int) -> _Finding:
         need = needs(row)
@@ -339,10 +290,7 @@ def _look(
         reason: str | None = IN_MEMORY
         if to_disk:
             path = cache_path(need.record, rules)
-            folder = os.path.dirname(path)  # noqa: PTH120
-            if folder not in listings:
-                listings[folder] = _names_in(folder)
-            suffix, why = caches.find_valid(need, rules, vae, listings[folder])
+            suffix, why = caches.find_valid(need, rules, vae, folders.names_beside(path))
             place, reason = OWN if suffix is None else _place_of(suffix, rules), why
         return _Finding(
             row,
@@ -356,25 +304,16 @@ def _look(
             slot=slot_bytes(need),
         )
 
-    chunks = [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
-    with ThreadPoolExecutor(max_workers=8, thread_name_prefix="caches") as pool:
-        return [finding for found in pool.map(lambda chunk: [look(row) for row in chunk], chunks) for finding in found]
+    return look_at_all(rows, look)
 
 
 def _place_of(suffix: str, rules: CacheRules) -> int:
     return OWN if suffix == rules.suffix else LEGACY if suffix == OLD_NAME else OTHER
 
 
-def _names_in(folder: str) -> frozenset[str]:
-    try:
-        return frozenset(entry.name for entry in os.scandir(folder or ".") if entry.name.endswith(".npz"))
-    except OSError:
-        return frozenset()
-
-
 def _settle(findings: Iterable[_Finding]) -> None:
     """Move entries to memory that cannot be written: read-only folders, and two resizings of one file and bucket."""
-    writable: dict[str, bool] = {}
+    folders = CacheFolders()
     taken: set[tuple[str, str]] = set()
     for finding in findings:
         name = (finding.path, finding.variant)
@@ -383,9 +322,5 @@ def _settle(findings: Iterable[_Finding]) -> None:
         taken.add(name)
         if finding.reason is None or finding.place == MEMORY:
             continue
-        folder = os.path.dirname(finding.path) or "."  # noqa: PTH120
-        if folder not in writable:
-            writable[folder] = not files.check_writable_folder(folder)
-            files.clean_litter(folder)
-        if not writable[folder]:
+        if not folders.can_write(finding.path):
             finding.place, finding.reason = MEMORY, READ_ONLY_FOLDER

@@ -36,6 +36,13 @@ class DatasetOptions(OptionGroup, title="data"):
         None, path=True, resume="free", help="Folder with sub-folders <repeats>_<words> of training images."
     )
     reg_data_dir: str | None = opt(None, path=True, resume="free", help="The same for regularization (class) images.")
+    in_json: str | None = opt(
+        None,
+        flag=None,
+        path=True,
+        resume="free",
+        help="Metadata file (JSON or JSON Lines) of the images in --train_data_dir, in place of folders with captions.",
+    )
     dataset_class: str | None = opt(
         None,
         help="Python class of your own that serves the data (package.module.Class).",
@@ -321,7 +328,7 @@ class SubsetOptions(OptionGroup, title="subset"):
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions(OptionGroup, title="cache", resume="free"):
-    """Whether images are encoded by the VAE once, and where the results are kept."""
+    """Whether pictures and captions are encoded once, and where the results are kept."""
 
     cache_latents: bool = opt(
         False,
@@ -336,11 +343,28 @@ class CacheOptions(OptionGroup, title="cache", resume="free"):
     )
     # The last bits of a latent depend on how many pictures share its batch.
     vae_batch_size: int = opt(1, at_least=1, resume="exact", help="Images that the VAE encodes at once when caching.")
+    cache_text_encoder_outputs: bool = opt(
+        False,
+        help="Run the text encoder, which must not be trained, once over all captions before training. Where they need "
+        "at most 1 GiB this happens without the option too.",
+    )
+    cache_text_encoder_outputs_to_disk: bool = opt(
+        False,
+        implies={"cache_text_encoder_outputs": True},
+        help="Keep these outputs in .npz files for later runs; switches --cache_text_encoder_outputs on.",
+    )
+    # The last bits of an output depend on how many captions share its batch.
+    text_encoder_batch_size: int | None = opt(
+        None,
+        at_least=1,
+        resume="exact",
+        help="Captions that the text encoder encodes at once when caching. Default: the batch size of the data.",
+    )
     skip_cache_check: bool = opt(False, help="Trust cache files without looking into them at the start.")
     cache_dir: str | None = opt(
         None,
         path=True,
-        matters_when={"cache_latents_to_disk": ()},
+        matters_when={"cache_latents_to_disk": (), "cache_text_encoder_outputs_to_disk": ()},
         help="Folder for cache files. Default: beside the images.",
     )
     cache_hash: bool = opt(

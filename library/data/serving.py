@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from library.contracts import Batch, BatchKey, FamilySpec, Placement, Sample, SampleKey, Tokenizer
 from library.data.augment import Augmentation, View, apply_view, choose_view, mask_of, normalise
 from library.data.buckets import sdxl_crop_top_left
+from library.data.cache_files import BrokenCache
 from library.data.cache_names import LatentNeed
-from library.data.caches import BrokenCache
 from library.data.captions import CaptionPipeline
 from library.data.dataset_spec import DatasetSpec, SubsetSpec
 from library.data.images import MAX_IMAGE_PIXELS, BadImage, load_image
@@ -37,7 +37,11 @@ class TextSource(Protocol):
     """Cached outputs of text encoders, for families whose encoders can be left out of training."""
 
     def read(self, row: int, caption: str) -> Mapping[str, NDArray[Any]]:
-        """Return the arrays that stand for `caption` (of table row `row`), without a batch axis."""
+        """Return the arrays that stand for `caption` (of table row `row`, or empty), without a batch axis.
+
+        Raises:
+            BrokenCache: they cannot be read; never for the empty caption.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,15 +280,14 @@ class BatchDataset:
             cached = catalogue.latents.read(row, flipped=view.flipped, with_mask=catalogue.of(row).subset.alpha_mask)
             latents = cached.latents
             mask = cached.mask if cached.mask is not None else catalogue.mask_image(row, view)
-        sample = self._described(row, key, view)
+        sample = self._described(row, key, view, self.caption(row, key))
         return replace(sample, pixels=pixels, latents=latents, mask=mask)
 
-    def _described(self, row: int, key: SampleKey, view: View) -> Sample:
+    def _described(self, row: int, key: SampleKey, view: View, caption: str) -> Sample:
         """Return a sample with everything but arrays."""
         catalogue = self.catalogue
         served = catalogue.of(row)
         size, bucket = catalogue.table.size_wh(row), view.placement.bucket_wh
-        caption = self.caption(row, key)
         top_left = sdxl_crop_top_left(size, bucket, flipped=view.flipped)
         sample = Sample(
             key=replace(key, index=row),
@@ -312,7 +315,9 @@ class BatchDataset:
         """Return a sample that counts nothing: no image of this bucket can be read."""
         catalogue = self.catalogue
         view = View(catalogue.placements[row])
-        sample = replace(self._described(row, key, view), loss_weight=0.0, replaced_because=f"{problem} (left blank)")
+        # The empty caption: what stands for the real one may be what cannot be read.
+        sample = replace(self._described(row, key, view, ""), loss_weight=0.0)
+        sample.replaced_because = f"{problem} (left blank)"
         width, height = view.placement.bucket_wh
         if catalogue.latents is None or catalogue.family.needs_pixels:
             sample.pixels = np.zeros((3, height, width), np.float32)

@@ -90,7 +90,10 @@ class ModelFamily(Protocol):
         """Return the condition of token ids, one [B,n,L] per encoder, and token weights alike or None."""
 
     def text_arrays(self, token_ids: tuple[Tensor, ...], weights: tuple[Tensor, ...] | None) -> dict[str, Tensor]:
-        """Return what a text cache stores; `condition` reads the same names."""
+        """Return what a text cache stores, each [B, ...] of one shape for all captions; `condition` reads the names."""
+
+    def park_text_encoders(self) -> None:
+        """Move the text encoders off the device; they come back when something is encoded."""
 
     def denoise(
         self, noisy: Tensor, t: Tensor, condition: Condition, control: Mapping[str, object] | None = None
@@ -103,8 +106,17 @@ class ModelFamily(Protocol):
     def release_vae(self) -> None:
         """Free the memory of the image encoder; it is built again when it is needed."""
 
-    def enable_gradient_checkpointing(self, *, preserve_rng_state: bool | None = None) -> None:
-        """Recompute activations in the backward pass; None asks the modules whether a dropout is on."""
+    def enable_gradient_checkpointing(self, *, preserve_rng_state: bool | None = None, offload: bool = False) -> None:
+        """Recompute activations in the backward pass; None asks the modules whether a dropout is on.
+
+        With `offload` what the recomputation starts from waits in main memory.
+        """
+
+    def store_in_float8(self, parts: tuple[str, ...]) -> None:
+        """Keep the frozen weights of these parts in 8 bits; whatever runs them must be in autocast."""
+
+    def note_change(self, part: str, digest: str) -> None:
+        """Let the fingerprint of `part` tell that its weights in memory were changed, by what `digest` says."""
 
     def compile(self, backend: str) -> None:
         """Compile the repeated blocks of the denoiser; after adapters are attached."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +29,11 @@ def has_dropout(*modules: nn.Module) -> bool:
 
 
 def enable_gradient_checkpointing(
-    denoiser: nn.Module, text_encoders: tuple[nn.Module, ...] = (), *, preserve_rng_state: bool | None = None
+    denoiser: nn.Module,
+    text_encoders: tuple[nn.Module, ...] = (),
+    *,
+    preserve_rng_state: bool | None = None,
+    offload: bool = False,
 ) -> None:
     """Recompute the activations of every block in the backward pass.
 
@@ -38,17 +43,31 @@ def enable_gradient_checkpointing(
         preserve_rng_state: draw the same random numbers again when recomputing, which dropout needs and which costs
             time otherwise. None: if the modules contain a dropout that is on. Adapters with a dropout of their own
             pass True.
+        offload: keep what the denoiser's blocks start from in main memory until the backward pass.
     """
     if preserve_rng_state is None:
         preserve_rng_state = has_dropout(denoiser, *text_encoders)
 
+    pinned = torch.cuda.is_available()
+
     def run(block: Any, *inputs: Tensor) -> Any:
         function = block.__call__ if isinstance(block, nn.Module) else block
-        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+        with torch.autograd.graph.save_on_cpu(pin_memory=pinned) if offload else nullcontext():
+            return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
     denoiser.enable_gradient_checkpointing(run)  # type: ignore[operator]
     for encoder in text_encoders:
         encoder.enable_gradient_checkpointing(preserve_rng_state=preserve_rng_state)  # type: ignore[operator]
+
+
+def store_in_float8(module: nn.Module) -> None:
+    """Keep the weights of linear layers and convolutions in 8 bits (e4m3fn); autocast brings them back for each use.
+
+    Norms, biases and embeddings stay as they are: they are small, and 3 bits of mantissa would hurt them most.
+    """
+    for layer in module.modules():
+        if type(layer) in (nn.Linear, nn.Conv2d):
+            layer.weight.data = layer.weight.data.to(torch.float8_e4m3fn)
 
 
 def compile_blocks(denoiser: nn.Module, backend: str) -> None:
@@ -65,6 +84,12 @@ def compile_blocks(denoiser: nn.Module, backend: str) -> None:
 def use_channels_last(denoiser: nn.Module) -> None:
     """Lay convolution weights out channels last, which convolutions in half precision on CUDA want."""
     denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def give_back_memory(device: torch.device, *, keep: bool) -> None:
+    """Return GPU memory that nothing uses any more to the system, unless PyTorch may `keep` it for the next phase."""
+    if device.type == "cuda" and not keep:
+        torch.cuda.empty_cache()
 
 
 def allow_tf32(enabled: bool) -> None:

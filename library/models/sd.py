@@ -13,13 +13,19 @@ from torch import Tensor, nn
 
 from library.checkpoints.parts import ModelParts, SaveSettings
 from library.contracts import Condition
-from library.models.assemble import build_module, check_weights, collection_paused, from_config
+from library.models.assemble import build_module, check_weights, collection_paused, from_config, hash_tensors
 from library.models.clip_text import TextEncoder, build_text_encoder, check_clip_skip, encode_tokens
 from library.models.family import WeightPlan
-from library.models.memory import compile_blocks, enable_gradient_checkpointing, use_channels_last
-from library.models.sd_attention import choose_attention, name_attention_modules, set_attention
+from library.models.memory import (
+    compile_blocks,
+    enable_gradient_checkpointing,
+    give_back_memory,
+    store_in_float8,
+    use_channels_last,
+)
+from library.models.sd_attention import choose_attention, name_modules, set_attention
 from library.models.specs import check_prediction
-from library.models.tokenizer import ClipTokenizer, tokenizers_for
+from library.models.tokenizer import NO_TOKEN, ClipTokenizer, tokenizers_for
 from library.models.vae import ImageCoder
 
 if TYPE_CHECKING:
@@ -29,6 +35,9 @@ if TYPE_CHECKING:
     from library.models.options import MemoryOptions, ModelOptions, TextOptions
 
 logger = logging.getLogger(__name__)
+
+_COUNT = "token_count"
+"""Cached beside hidden states where captions are not padded: a batch is as long as its longest caption."""
 
 
 class StableDiffusion:
@@ -66,6 +75,8 @@ class StableDiffusion:
         self._pad_id = None if self.tokenizers[0].pad else spec.tokenizers[0].pad_id
         self._loaded = loaded
         self._allow_nan = allow_nan
+        self._highvram = highvram
+        self._parked = False
         self._fingerprints: dict[str, str] = {}
 
     @classmethod
@@ -150,21 +161,44 @@ class StableDiffusion:
 
     def condition(self, batch: Batch, draws: Draws) -> Condition:
         """Return the text condition of a batch: its cached arrays, or its token ids through the encoder."""
-        if batch.text_arrays is not None:
-            return Condition(hidden=batch.text_arrays[self.spec.text_array_names[0]].to(self.weights.device))
-        return self.encode_text(batch.token_ids, batch.token_weights)
+        arrays = batch.text_arrays
+        if arrays is None:
+            return self.encode_text(batch.token_ids, batch.token_weights)
+        hidden = arrays[self.spec.text_array_names[0]]
+        if _COUNT in arrays:
+            hidden = hidden[:, : int(arrays[_COUNT].amax())]
+        return Condition(hidden=hidden.to(self.weights.device))
 
     def encode_text(self, token_ids: tuple[Tensor, ...], weights: tuple[Tensor, ...] | None = None) -> Condition:
         """Return the condition of token ids ([B,n,L],) and token weights alike or None."""
-        return Condition(hidden=self.text_arrays(token_ids, weights)[self.spec.text_array_names[0]])
+        return Condition(hidden=self._hidden(token_ids[0], weights, pad_id=self._pad_id))
 
     def text_arrays(self, token_ids: tuple[Tensor, ...], weights: tuple[Tensor, ...] | None) -> dict[str, Tensor]:
-        """Return the hidden states [B,S,D] under the name that a text cache gives them."""
-        device = self.text_encoder.device
+        """Return the hidden states [B,S,D] under the name that a text cache gives them.
+
+        Captions that are not padded in training get their full length here, and their count of tokens [B] with it: no
+        state depends on what follows it, so cutting them later is the same as never having had the rest.
+        """
+        ids, found = token_ids[0], {}
+        if self._pad_id is not None:
+            found[_COUNT] = (ids != NO_TOKEN).sum((1, 2))
+            ids = ids.masked_fill(ids == NO_TOKEN, self._pad_id)
+        return {self.spec.text_array_names[0]: self._hidden(ids, weights, pad_id=None), **found}
+
+    def _hidden(self, ids: Tensor, weights: tuple[Tensor, ...] | None, *, pad_id: int | None) -> Tensor:
+        encoder = self.text_encoder
+        if self._parked:
+            encoder.to(self.weights.device)
+        device = encoder.device
         factors = None if weights is None else weights[0].to(device, non_blocking=True)
-        ids = token_ids[0].to(device, non_blocking=True)
-        hidden = encode_tokens(self.text_encoder, ids, factors, skip=self._skip, pad_id=self._pad_id)
-        return {self.spec.text_array_names[0]: hidden}
+        ids = ids.to(device, non_blocking=True)
+        return encode_tokens(encoder, ids, factors, skip=self._skip, pad_id=pad_id)
+
+    def park_text_encoders(self) -> None:
+        """Move the text encoder off the device; it comes back when something is encoded."""
+        self._parked = True
+        self.text_encoder.to("cpu")
+        give_back_memory(self.weights.device, keep=self._highvram)
 
     def denoise(
         self, noisy: Tensor, t: Tensor, condition: Condition, control: Mapping[str, Any] | None = None
@@ -191,9 +225,11 @@ class StableDiffusion:
         """Free the memory of the VAE; it is built again when it is needed."""
         self.vae.release()
 
-    def enable_gradient_checkpointing(self, *, preserve_rng_state: bool | None = None) -> None:
+    def enable_gradient_checkpointing(self, *, preserve_rng_state: bool | None = None, offload: bool = False) -> None:
         """Recompute activations of U-Net and text encoder in the backward pass."""
-        enable_gradient_checkpointing(self.unet, self.text_encoders, preserve_rng_state=preserve_rng_state)
+        enable_gradient_checkpointing(
+            self.unet, self.text_encoders, preserve_rng_state=preserve_rng_state, offload=offload
+        )
 
     def compile(self, backend: str) -> None:
         """Compile the transformer blocks of the U-Net; call it when adapters are attached."""
@@ -210,8 +246,17 @@ class StableDiffusion:
         For the VAE only the encoder counts: that is what latents depend on.
         """
         if part not in self._fingerprints:
-            self._fingerprints[part] = _hash_tensors(self._fingerprinted(part))
+            self._fingerprints[part] = hash_tensors(self._fingerprinted(part))
         return self._fingerprints[part]
+
+    def note_change(self, part: str, digest: str) -> None:
+        """Let the fingerprint of `part` tell that its weights in memory were changed, by what `digest` says."""
+        self._fingerprints[part] = hashlib.sha256(f"{self.fingerprint(part)}:{digest}".encode()).hexdigest()[:32]
+
+    def store_in_float8(self, parts: tuple[str, ...]) -> None:
+        """Keep the frozen weights of these parts in 8 bits; whatever runs them must be in autocast."""
+        for part in parts:
+            store_in_float8(self.parts()[part])
 
     def save(
         self,
@@ -277,14 +322,5 @@ def _build_unet(loaded: LoadedParts, weights: WeightPlan) -> Any:
         device=weights.device_of("unet"),
         dtype=weights.dtype_of("unet"),
     )
-    name_attention_modules(unet)
+    name_modules(unet)
     return unet
-
-
-def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""Attention of the Stable Diffusion U-Nets: the class name that others select by, and the backend that computes it."""
+"""The class names that network modules select layers of a U-Net by, and the backend that computes its attention."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import TimestepEmbedding
 
 if TYPE_CHECKING:
     import torch
@@ -21,14 +22,23 @@ class CrossAttention(Attention):
     """diffusers' `Attention` under the name by which network modules and LyCORIS presets find attention layers."""
 
 
-def name_attention_modules(unet: nn.Module) -> int:
-    """Make every attention layer of `unet` answer to the class name `CrossAttention`; return how many there are."""
-    found = 0
+class TimeEmbedding(TimestepEmbedding):
+    """diffusers' `TimestepEmbedding` under another name.
+
+    LyCORIS picks its two layers by their paths and, for the sake of other models, by the name of this class, and then
+    stops because it found them twice.
+    """
+
+
+_NAMES = {Attention: CrossAttention, TimestepEmbedding: TimeEmbedding}
+
+
+def name_modules(unet: nn.Module) -> None:
+    """Let layers of `unet` answer to the class names that network modules look for."""
     for module in unet.modules():
-        if type(module) is Attention:
-            module.__class__ = CrossAttention
-            found += 1
-    return found
+        name = _NAMES.get(type(module))
+        if name is not None:
+            module.__class__ = name
 
 
 def choose_attention(memory: MemoryOptions, device: torch.device) -> str:

@@ -21,12 +21,16 @@ V_PREDICTION = "v_prediction"
 SD_V1_TOKENIZER = TokenizerSpec("sd_v1", pad_id=49407)
 SD_V2_TOKENIZER = TokenizerSpec("sd_v2", pad_id=0, pad_text="!")
 
+_TEXTS = "_sd_te_outputs"
+"""Apart from `_te_outputs` of SDXL, whose first array has the shape of SD 1.x but other values."""
+
 SD1 = FamilySpec(
     name="sd1",
     prediction_type=EPSILON,
     tokenizers=(SD_V1_TOKENIZER,),
     base_model_version="sd_v1",
     architecture="stable-diffusion-v1",
+    text_cache_suffix=_TEXTS,
 )
 SD1_V = FamilySpec(
     name="sd1",
@@ -34,6 +38,7 @@ SD1_V = FamilySpec(
     tokenizers=(SD_V1_TOKENIZER,),
     base_model_version="sd_v1_v",
     architecture="stable-diffusion-v1",
+    text_cache_suffix=_TEXTS,
 )
 SD2 = FamilySpec(
     name="sd2",
@@ -41,6 +46,7 @@ SD2 = FamilySpec(
     tokenizers=(SD_V2_TOKENIZER,),
     base_model_version="sd_v2",
     architecture="stable-diffusion-v2-512",
+    text_cache_suffix=_TEXTS,
 )
 SD2_V = FamilySpec(
     name="sd2",
@@ -48,6 +54,7 @@ SD2_V = FamilySpec(
     tokenizers=(SD_V2_TOKENIZER,),
     base_model_version="sd_v2_v",
     architecture="stable-diffusion-v2-768-v",
+    text_cache_suffix=_TEXTS,
     default_resolution_wh=(768, 768),
 )
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from library.models.assemble import build_module, check_weights, from_config
+from library.models.memory import give_back_memory
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +75,8 @@ class ImageCoder:
     def release(self) -> None:
         """Free the model; it is built again from its file when it is needed."""
         was_loaded, self._model = self._model is not None, None
-        if was_loaded and self.device.type == "cuda" and not self._keep_cache:
-            torch.cuda.empty_cache()
+        if was_loaded:
+            give_back_memory(self.device, keep=self._keep_cache)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, noise: Tensor, *, check: bool = True) -> Tensor:

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 
 from library.checkpoints.hashes import legacy_hash
 from library.contracts import Position, RunLength
+from library.errors import UserError
 from library.option_groups import resume_fingerprint
 from library.training.ranks import Ranks
 from library.training.resume_check import Changes, compare, start_position
@@ -22,7 +23,7 @@ from library.training.state import Identity, StoredState, find_state, verify_sta
 
 if TYPE_CHECKING:
     from library.data.dataset import TrainingData
-    from library.training.options import TrainingOptions
+    from library.training.options import StartOptions, TrainingOptions
 
 logger = logging.getLogger(__name__)
 
@@ -55,15 +56,44 @@ def find_beginning(opts: TrainingOptions, data: TrainingData, device: torch.devi
             logger.info("%s", line)
     identity = Identity(resume_fingerprint(opts), data.fingerprint(), _base_model(opts), _environment(device))
     stored = _stored(opts, ranks)
+    named = named_position(opts.start_options(), length)
     if stored is None:
-        return Beginning(length, identity)
+        if named is not None:
+            logger.info("counting goes on after update %d of %d", named.step, length.total_steps)
+        return Beginning(length, identity, named or Position())
     changes = compare(stored.info, identity, length, opts.state.allows, seed=opts.length.seed)
     changes.raise_refused("--resume")
     for note in (*stored.notes, *changes.notes):
         logger.warning("%s", note)
-    position = start_position(stored.info, length, changes)
+    position = named or start_position(stored.info, length, changes)
+    if named is not None:
+        stored = replace(stored, info=replace(stored.info, position=named))
+        changes = replace(changes, moved=True)
     logger.info("going on from %s: %d of %d updates are done", stored.folder, position.step, length.total_steps)
     return Beginning(length, identity, position, stored, changes)
+
+
+def named_position(start: StartOptions, length: RunLength) -> Position | None:
+    """Return where `--initial_step` or `--initial_epoch` (1 is the first) say that the run begins; None: nowhere.
+
+    Everything that goes by the number of updates goes on from there: the learning rate, names of files, the end of the
+    run. With `--skip_until_initial_step` so do the data, as if the updates before had been done; otherwise the epoch
+    that the position lies in begins with its first batch.
+
+    Raises:
+        UserError: the run ends before.
+    """
+    if not start.given:
+        return None
+    step = start.initial_step
+    if step is None:
+        step = ((start.initial_epoch or 1) - 1) * length.updates_per_epoch
+    if step >= length.total_steps:
+        name = "--initial_epoch" if start.initial_step is None else "--initial_step"
+        what = f"begins after {step} updates, but the whole run has {length.total_steps}"
+        raise UserError(what, "Raise --max_train_steps (or --max_train_epochs).", where=name)
+    epoch, inside = divmod(step, length.updates_per_epoch)
+    return Position(step, epoch, inside if start.skip_until_initial_step else 0)
 
 
 def _stored(opts: TrainingOptions, ranks: Ranks) -> StoredState | None:
@@ -86,11 +116,12 @@ def _downloaded(opts: TrainingOptions) -> str:
 
 
 def _base_model(opts: TrainingOptions) -> dict[str, Any]:
-    """Return what weights come from that no state holds: those of frozen parts, and of another VAE."""
-    found = _name_and_hash(str(opts.model.pretrained_model_name_or_path))
-    if opts.model.vae:
-        found |= {f"vae {key}": value for key, value in _name_and_hash(opts.model.vae).items()}
-    return found
+    """Return what weights come from that no state holds: those of frozen parts, another VAE, merged networks."""
+    return {
+        f"{what} {key}".lstrip(): value
+        for what, name in opts.base_files().items()
+        for key, value in _name_and_hash(name).items()
+    }
 
 
 def _name_and_hash(name: str) -> dict[str, Any]:

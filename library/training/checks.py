@@ -104,7 +104,7 @@ def _missing(options: TrainingOptions) -> Iterator[Problem]:
             yield Problem("--pretrained_model_name_or_path", "is required", hint)
         if not options.save.output_dir:
             yield Problem("--output_dir", "is required", "Give the folder for models and sample images.")
-    if not (data.dataset_config or data.train_data_dir or data.dataset_class):
+    if not (data.dataset_config or data.train_data_dir or data.in_json or data.dataset_class):
         yield Problem("--train_data_dir", "no training data named", "Give --train_data_dir or --dataset_config.")
     if not (data.dataset_config or data.resolution):
         yield Problem("--resolution", "is required", "Give a size, such as --resolution 512.")
@@ -114,24 +114,26 @@ def _paths(options: TrainingOptions) -> Iterator[Problem]:
     """Yield every path that must exist and does not."""
     data, state = options.data, options.state
     if not data.dataset_config:
-        yield from _must_exist("--train_data_dir", data.train_data_dir, folder=True)
-        yield from _must_exist("--reg_data_dir", data.reg_data_dir, folder=True)
-    yield from _must_exist("--dataset_config", data.dataset_config)
+        yield from must_exist("--train_data_dir", data.train_data_dir, folder=True)
+        yield from must_exist("--reg_data_dir", data.reg_data_dir, folder=True)
+        yield from must_exist("--in_json", data.in_json)
+    yield from must_exist("--dataset_config", data.dataset_config)
     if data.debug_dataset:
         return
-    yield from _must_exist("--log_tracker_config", options.log.log_tracker_config)
-    missing = list(_must_exist("--sample_prompts", options.sample.sample_prompts))
+    yield from must_exist("--log_tracker_config", options.log.log_tracker_config)
+    missing = list(must_exist("--sample_prompts", options.sample.sample_prompts))
     yield from missing or sampling_problems(options.sample)
     thumbnail = options.metadata.metadata_thumbnail
     if thumbnail and not thumbnail.startswith("data:"):
-        yield from _must_exist("--metadata_thumbnail", thumbnail)
+        yield from must_exist("--metadata_thumbnail", thumbnail)
     if state.resume and state.resume != "latest" and not state.resume_from_huggingface:
-        yield from _must_exist("--resume", state.resume, folder=True)
+        yield from must_exist("--resume", state.resume, folder=True)
     yield from _model_file("--pretrained_model_name_or_path", options.model.pretrained_model_name_or_path)
     yield from _model_file("--vae", options.model.vae)
 
 
-def _must_exist(option: str, name: str | None, *, folder: bool = False) -> Iterator[Problem]:
+def must_exist(option: str, name: str | None, *, folder: bool = False) -> Iterator[Problem]:
+    """Yield a problem when the file (or folder) `name` that `option` names is not there."""
     if not name:
         return
     path, kind = Path(name), "folder" if folder else "file"

@@ -12,6 +12,7 @@ import torch
 
 from library import log
 from library.contracts import Batch, Position
+from library.draws import seed_generators
 from library.errors import StopTraining
 from library.files import fault_point
 from library.randomness import derive
@@ -50,8 +51,7 @@ class Loop:
         self.position: Position = run.begin.position
         self.sampler = make_sampler(training)
         self.saver = make_saver(training, data, lambda: self.position)
-        seeds = [spec.validation_seed for spec in data.specs if spec.validation_seed is not None]
-        self.validator = Validator(run, data.validation, seed=seeds[0] if seeds else None)
+        self.validator = Validator(run, data, run.opts.validation_options())
         self.waited = 0.0
         self.half_way = False
         """True between the start and the end of an optimizer step, when the weights belong to no position."""
@@ -117,7 +117,8 @@ class Loop:
         """Forward and backward of one micro-batch; returns its loss as trained (0 for padding), on the device."""
         training, key = self.training, batch.key
         if training.method.uses_global_randomness:
-            torch.manual_seed(derive(self.run.seed, "net", key.step_key.step, key.step_key.micro))
+            seed_generators(derive(self.run.seed, "net", key.step_key.step, key.step_key.micro))
+        training.method.before_micro_step(batch)
         fault_point("step.forward")
         with training.stepper.accumulating(training.module, last=key.last_in_update):
             loss, _ = training.module(batch)
@@ -133,6 +134,7 @@ class Loop:
             "loss": loss,
             "grad_norm": grad_norm,
             **learning_rates(training.rate_names, training.built.optimizer),
+            **training.method.scalars(),
             "data_wait_seconds": training.loader.wait_seconds - self.waited,
             "peak_memory_mb": peak_memory_mb(self.run.device),
         }
@@ -155,8 +157,10 @@ class Loop:
             self._sample()
         self.saver.after_update(position, epoch_ended=epoch_ended)
         self._note_state()
-        if epoch_ended and self.validator.wanted:
-            self._validate()
+        ended = epoch_ended or position.step == self.training.length.total_steps
+        judged = self.validator.due(position.step, position.epoch + (not epoch_ended), epoch_ended=ended)
+        if judged:
+            self._validate(judged)
 
     def _wishes(self) -> tuple[int, bool]:
         """Return the signal that any rank received (0: none), and whether any was asked to save a state."""
@@ -178,6 +182,8 @@ class Loop:
             raise self.run.stop.stop(f"stopped by {name} after update {self.position.step}; no state was saved")
         folder = self.saver.save_state_now(self.position, insist=True)
         self._note_state()
+        if self.training.method.light:
+            self.saver.save_interrupted(self.position)
         raise self.run.stop.stop(
             f"stopped by {name} after update {self.position.step} of {self.training.length.total_steps}. To go on, run "
             f"the same command with --resume={folder}"
@@ -190,17 +196,20 @@ class Loop:
         self.training.tracker.add_pictures(self.run.ranks.gather(pictures))
         self.training.tracker.pause()
 
-    def _validate(self) -> None:
+    def _validate(self, judged: tuple[str, ...]) -> None:
+        """Measure the validation loss and write it down for all that is judged by it: the update, the epoch."""
         fault_point("val.mid")
         training = self.training
         with training.stepper.observing(), observe(training.method, training.built):
             loss = self.validator.loss(training.step)
         training.tracker.flush()
         average = training.tracker.loss_average.average
-        scalars = {"loss/validation/epoch_average": loss, "loss/validation/epoch_divergence": loss - average}
-        training.tracker.write(scalars, self.position.step, epoch=self.position.epoch)
+        for what in judged:
+            scalars = {f"loss/validation/{what}_average": loss, f"loss/validation/{what}_divergence": loss - average}
+            epoch = self.position.epoch if what == "epoch" else None
+            training.tracker.write(scalars, self.position.step, epoch=epoch)
         training.tracker.pause()
-        logger.info("epoch %d: validation loss %.5f", self.position.epoch, loss)
+        logger.info("update %d: validation loss %.5f", self.position.step, loss)
 
     def _rescue(self) -> None:
         """Save the state of the last whole update when something unexpected ends the run."""

@@ -20,15 +20,8 @@ def observe(method: Method, built: BuiltOptimizer) -> Iterator[None]:
     Schedule-free `eval()` followed by `train()` does not give the same bits back, so the trained weights are copied
     before and restored bit for bit.
     """
-    modes = {module: module.training for part in method.parts().values() for module in part.modules()}
-    with torch.random.fork_rng(), torch.no_grad(), _averaged_weights(method, built):
-        try:
-            for part in method.parts().values():
-                part.eval()
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+    with torch.random.fork_rng(), torch.no_grad(), _averaged_weights(method, built), method.evaluating():
+        yield
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from library.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from library.training.flat_parameters import FlatParameters
     from library.training.state_files import StateInfo
 
 _log = logging.getLogger(__name__)
@@ -23,7 +24,12 @@ _SAME_OPTIMIZER = "Resume with the --optimizer_type and --optimizer_args of the 
 
 
 def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, state: Any, *, where: str, keep: Collection[str] = ()
+    optimizer: torch.optim.Optimizer,
+    state: Any,
+    *,
+    where: str,
+    keep: Collection[str] = (),
+    flat: FlatParameters | None = None,
 ) -> None:
     """Load `state` (of `state_dict()`, perhaps mapped from a file) into `optimizer`, bit for bit.
 
@@ -35,14 +41,19 @@ def load_optimizer_state(
         state: what `pickles.load_pickle` returned.
         where: the file, for messages.
         keep: group entries that keep their present value (`weight_decay`).
+        flat: the rows that stand for the parameters in the optimizer; states know the parameters.
 
     Raises:
         UserError: it is the state of another optimizer or another model.
     """
     kept = [{name: group[name] for name in keep if name in group} for group in optimizer.param_groups]
-    _check_groups(optimizer, state, where)
-    shapes = [tuple(parameter.shape) for group in optimizer.param_groups for parameter in group["params"]]
-    _check_shapes(state["state"], shapes, where)
+    if flat is None:
+        shapes = [[tuple(parameter.shape) for parameter in group["params"]] for group in optimizer.param_groups]
+    else:
+        shapes = flat.shapes
+    _check_groups([len(of_group) for of_group in shapes], state, where)
+    _check_shapes(state["state"], [shape for of_group in shapes for shape in of_group], where)
+    state = state if flat is None else flat.gather(state)
     groups = [
         {**saved, **{name: group[name] for name in _IMPLEMENTATION if name in group}}
         for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
@@ -63,15 +74,14 @@ def load_optimizer_state(
         group.update(values)
 
 
-def _check_groups(optimizer: torch.optim.Optimizer, state: Any, where: str) -> None:
+def _check_groups(now: Sequence[int], state: Any, where: str) -> None:
     if not isinstance(state, Mapping) or not isinstance(state.get("state"), Mapping) or "param_groups" not in state:
         raise UserError("is not the state of an optimizer", _SAME_OPTIMIZER, where=where)
     try:
         saved = [len(group["params"]) for group in state["param_groups"]]
     except (KeyError, TypeError) as error:
         raise UserError("is not the state of an optimizer", _SAME_OPTIMIZER, where=where) from error
-    now = [len(group["params"]) for group in optimizer.param_groups]
-    if saved != now:
+    if saved != list(now):
         what = f"is for {_groups(saved)}, this run has {_groups(now)}"
         raise UserError(what, "Train the same parts with the same groups of learning rates", where=where)
 
@@ -136,8 +146,13 @@ def rewind_schedule(
     """Bring a freshly built `schedule` to update `step` with this run's `rates` (of each group)."""
     for group, values in zip(optimizer.param_groups, rates, strict=True):
         group.update(values)
+    advance_schedule(schedule, step)
+
+
+def advance_schedule(schedule: Any, updates: int) -> None:
+    """Bring a schedule forward as if `updates` more had been done."""
     with warnings.catch_warnings():
         # torch warns about schedules that are stepped before their optimizer, which is the point here.
         warnings.simplefilter("ignore")
-        for _ in range(step):
+        for _ in range(updates):
             schedule.step()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from library.contracts import ParamGroup
+    from library.training.flat_parameters import FlatParameters
     from library.training.options import LengthOptions, OptimizerOptions, PrecisionOptions, ScheduleOptions
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class OptimizerRow:
         has_eval_mode: Evaluation mode moves the weights to where they are to be used, training mode moves them back.
         adapts_rate: Finds the learning rate itself; `--learning_rate` only scales it.
         one_rate: Fails when groups have different learning rates.
+        elementwise: Treats each number by itself, so parameters may lie in one long row (see `FlatParameters`).
         instead: What works without the package.
         refusal: Why this class cannot be used here.
     """
@@ -52,6 +54,7 @@ class OptimizerRow:
     has_eval_mode: bool = False
     adapts_rate: bool = False
     one_rate: bool = False
+    elementwise: bool = False
     instead: str = "AdamW"
     refusal: str = ""
 
@@ -86,8 +89,8 @@ def _torch(name: str, *names: str, **more: Any) -> OptimizerRow:
 _NESTEROV: dict[str, Any] = {"defaults": {"momentum": 0.9}, "fixed": {"nesterov": True}}
 
 OPTIMIZERS: tuple[OptimizerRow, ...] = (
-    _torch("AdamW", "AdamW", skips_on_device=True),
-    _torch("SGD", "SGDNesterov", **_NESTEROV),
+    _torch("AdamW", "AdamW", skips_on_device=True, elementwise=True),
+    _torch("SGD", "SGDNesterov", elementwise=True, **_NESTEROV),
     _bitsandbytes("AdamW8bit"),
     _bitsandbytes("PagedAdamW"),
     _bitsandbytes("PagedAdamW8bit"),
@@ -95,7 +98,7 @@ OPTIMIZERS: tuple[OptimizerRow, ...] = (
     _bitsandbytes("Lion8bit", instead="Lion"),
     _bitsandbytes("PagedLion8bit", instead="Lion"),
     _bitsandbytes("SGDNesterov8bit", class_name="SGD8bit", instead="SGDNesterov", **_NESTEROV),
-    OptimizerRow("lion_pytorch.Lion", ("Lion",), steps_one_parameter=True),
+    OptimizerRow("lion_pytorch.Lion", ("Lion",), steps_one_parameter=True, elementwise=True),
     OptimizerRow("transformers.optimization.Adafactor", ("Adafactor",), steps_one_parameter=True),
     _adapting("dadaptation.experimental.DAdaptAdamPreprint", "DAdaptation", "DAdaptAdamPreprint", one_rate=True),
     _adapting("dadaptation.DAdaptAdaGrad", "DAdaptAdaGrad", one_rate=False),
@@ -112,7 +115,7 @@ OPTIMIZERS: tuple[OptimizerRow, ...] = (
 """Optimizers with names of their own. Any class of torch.optim and any import path work too."""
 
 _KNOWN_CLASSES: tuple[OptimizerRow, ...] = (
-    _torch("Adam", skips_on_device=True),
+    _torch("Adam", skips_on_device=True, elementwise=True),
     *(_torch(name) for name in ("SGD", "RMSprop", "NAdam", "RAdam", "Adagrad", "Adamax", "Adadelta", "ASGD", "Rprop")),
     _torch("LBFGS", refusal="it evaluates the loss several times in each step"),
     _torch("SparseAdam", refusal="it works on sparse gradients only"),
@@ -146,12 +149,21 @@ class BuiltOptimizer:
         row: What is known of it; its flags are those of this object, not of the class in general.
         description: Class and arguments, as stored in models: `torch.optim.adamw.AdamW(weight_decay=0.1)`.
         kwargs: The arguments in the description.
+        flat: The rows that stand for the parameters, if the optimizer was made for such.
     """
 
     optimizer: Optimizer
     row: OptimizerRow
     description: str
     kwargs: Mapping[str, Any]
+    flat: FlatParameters | None = None
+
+    def zero_grad(self) -> None:
+        """Free all gradients; those in rows stay, and become zero."""
+        if self.flat is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self.flat.zero_grad()
 
     @property
     def is_relative_adafactor(self) -> bool:
@@ -254,12 +266,13 @@ def check_fused_backward(
         yield Problem(_FUSED, what, "Use AdamW, AdamW8bit, Lion, SGD or Adafactor, among others.")
 
 
-def build_optimizer(optimizer: OptimizerOptions, groups: Sequence[ParamGroup]) -> BuiltOptimizer:
+def build_optimizer(optimizer: OptimizerOptions, groups: Sequence[ParamGroup], *, flat: bool = False) -> BuiltOptimizer:
     """Make the optimizer that the options name.
 
     Args:
         optimizer: Name, arguments and learning rate.
         groups: What it trains; groups keep their order.
+        flat: Whether the parameters of a group may become one row, where the optimizer can work on rows.
 
     Raises:
         UserError: if the class cannot be imported or refuses its arguments.
@@ -272,10 +285,16 @@ def build_optimizer(optimizer: OptimizerOptions, groups: Sequence[ParamGroup]) -
     _quieten(row)
     optimizer_class = import_class(row.import_path, where)
     _advise(name, row, optimizer, kwargs, groups)
-    parameters: list[dict[str, Any]] = [{"params": list(group.params), "lr": group.lr} for group in groups]
+    rows = _rows(groups) if flat and row.elementwise and not optimizer.fused_backward_pass else None
+    groups = groups if rows is None else rows.groups()
+    parameters: list[dict[str, Any]] = [
+        {**group.settings, "params": list(group.params), "lr": group.lr} for group in groups
+    ]
     rate: float | None = optimizer.learning_rate
     if is_relative_adafactor(row, kwargs):
-        parameters, rate = [{"params": list(group.params)} for group in groups], None
+        for entries in parameters:
+            del entries["lr"]
+        rate = None
     try:
         made = optimizer_class(parameters, lr=rate, **row.fixed, **kwargs, **_fused(row, kwargs, groups))
     except (TypeError, ValueError, AssertionError, RuntimeError, NotImplementedError) as error:
@@ -285,7 +304,13 @@ def build_optimizer(optimizer: OptimizerOptions, groups: Sequence[ParamGroup]) -
     row = _observed(row, made)
     if row.has_eval_mode:
         made.train()
-    return BuiltOptimizer(made, row, describe(optimizer_class, kwargs), kwargs)
+    return BuiltOptimizer(made, row, describe(optimizer_class, kwargs), kwargs, rows)
+
+
+def _rows(groups: Sequence[ParamGroup]) -> FlatParameters:
+    from library.training.flat_parameters import FlatParameters
+
+    return FlatParameters(groups)
 
 
 def describe(optimizer_class: type, kwargs: Mapping[str, Any]) -> str:

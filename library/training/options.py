@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from library.data.options import CacheOptions, DatasetOptions, LoaderOptions, SubsetOptions
 from library.errors import Problem
@@ -20,6 +21,7 @@ from library.training.options_output import (
     SaveOptions,
     StateOptions,
 )
+from library.training.options_progress import StartOptions, ValidationOptions
 
 __all__ = [
     "CacheOptions",
@@ -41,10 +43,12 @@ __all__ = [
     "SampleOptions",
     "SaveOptions",
     "ScheduleOptions",
+    "StartOptions",
     "StateOptions",
     "SubsetOptions",
     "TextOptions",
     "TrainingOptions",
+    "ValidationOptions",
 ]
 
 
@@ -302,6 +306,22 @@ class TrainingOptions(OptionSet):
     hub: HubOptions = field(default_factory=HubOptions)
     distributed: DistributedOptions = field(default_factory=DistributedOptions)
     config: ConfigOptions = field(default_factory=ConfigOptions)
+
+    tracker_name: ClassVar[str] = "dreambooth"
+    """Name of the curves without `--log_tracker_name`."""
+
+    def validation_options(self) -> ValidationOptions:
+        """Return when the validation loss is measured: after every epoch, in scripts without options for it."""
+        return ValidationOptions()
+
+    def start_options(self) -> StartOptions:
+        """Return where the user wants the run to begin: nowhere special, in scripts without options for it."""
+        return StartOptions()
+
+    def base_files(self) -> dict[str, str]:
+        """Return the files (folders, ids) that frozen weights come from, by name; the model itself is called ""."""
+        files = {"": str(self.model.pretrained_model_name_or_path)}
+        return files | ({"vae": self.model.vae} if self.model.vae else {})
 
     def check_together(self) -> Iterator[Problem]:
         """Yield what is wrong between groups."""

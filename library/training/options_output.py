@@ -32,7 +32,7 @@ _STATES = {"save_state": (), "save_state_on_train_end": ()}
 _UPLOADS = {"huggingface_repo_id": (), "resume_from_huggingface": ()}
 
 OVERRIDES = {
-    "lr": ("learning_rate", "learning_rate_te"),
+    "lr": ("learning_rate", "learning_rate_te", "unet_lr", "text_encoder_lr"),
     "scheduler": ("schedule",),
     "steps": ("max_train_steps", "max_train_epochs"),
     "data": ("data", "subset"),

@@ -51,11 +51,13 @@ class Changes:
     refused: tuple[Difference, ...] = ()
     allowed: tuple[Difference, ...] = ()
     notes: tuple[str, ...] = ()
+    moved: bool = False
+    """Whether the user says where the run begins, in place of the state."""
 
     @property
     def new_schedule(self) -> bool:
         """Whether rates and schedule are those of this run, not of the state."""
-        return any(
+        return self.moved or any(
             change.group == _SCHEDULE_TITLE or change.name in _RATES or change.name in _TOTALS
             for change in self.allowed
         )

@@ -8,7 +8,8 @@ from library.contracts import RunLength
 from library.errors import UserError
 
 if TYPE_CHECKING:
-    from library.training.options import LengthOptions
+    from library.data.dataset import TrainingData
+    from library.training.options import LengthOptions, TrainingOptions
 
 
 def resolve_length(length: LengthOptions, *, batches_per_epoch: int, world_size: int = 1) -> RunLength:
@@ -75,3 +76,11 @@ def length_report(length: RunLength, *, samples_per_epoch: int) -> list[str]:
 def _count(number: int, noun: str) -> str:
     plural = "" if number == 1 else "es" if noun.endswith(("s", "ch")) and noun != "epoch" else "s"
     return f"{number:,} {noun}{plural}"
+
+
+def report_data(data: TrainingData, opts: TrainingOptions) -> None:
+    """Write the report of `--debug_dataset`: what a run with these options would see."""
+    from library.data.report import write_report
+
+    length = resolve_length(opts.length, batches_per_epoch=data.batch_count())
+    write_report(data, opts.save.output_dir, length=length, seed=opts.length.seed or 0)

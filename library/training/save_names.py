@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from library.contracts import Position, RunLength
     from library.training.options import SaveOptions, StateOptions
 
-Kind = Literal["epoch", "step", "final"]
+Kind = Literal["epoch", "step", "final", "interrupted"]
 
 
 @dataclass(frozen=True, slots=True)
 class SavePoint:
-    """One save: after epoch `number` (from 1), after update `number`, or at the end."""
+    """One save: after epoch `number` (from 1), after update `number`, at the end, or where a signal ended the run."""
 
     kind: Kind
     number: int = 0
@@ -32,7 +32,7 @@ class SavePoint:
             return f"{output_name or epoch}-{self.number:06d}"
         if self.kind == "step":
             return f"{output_name or at}-step{self.number:08d}"
-        return output_name or last
+        return f"{output_name or last}-interrupted" if self.kind == "interrupted" else output_name or last
 
     def state_name(self, output_name: str | None) -> str:
         """Return the name of the state folder."""

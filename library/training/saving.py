@@ -156,6 +156,13 @@ class Saver:
         _log.error("%s", failure)
         return None
 
+    def save_interrupted(self, position: Position) -> None:
+        """Save the model as it is when a signal ends the run; a failure is reported, for the state has everything."""
+        failure = self._model(SavePoint("interrupted"), position)
+        if failure is not None:
+            self.failures.append(str(failure))
+            _log.error("%s", failure)
+
     def to_json(self) -> dict[str, Any]:
         """Return what a state must remember: the names that this run made."""
         return {"models": dict(self._models), "states": sorted(self._states)}

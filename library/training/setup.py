@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,9 +16,10 @@ from library.option_groups import loggable
 from library.training.beginning import Beginning
 from library.training.loss import make_loss
 from library.training.lr_schedules import build_lr_schedule
-from library.training.model_saves import ModelWriter
+from library.training.model_saves import ModelWriter, RunFacts
 from library.training.objective import DDPMObjective
 from library.training.observers import observe
+from library.training.optimizer_state import advance_schedule
 from library.training.optimizers import BuiltOptimizer, build_optimizer
 from library.training.sampling import Process, SampleImages
 from library.training.saving import SaveActions, Saver
@@ -97,16 +97,20 @@ def set_up(run: Run, family: ModelFamily, method: Method, data: TrainingData, op
     begin = run.begin
     method.attach()
     groups = method.param_groups()
-    built = build_optimizer(opts.optimizer, groups)
+    built = build_optimizer(opts.optimizer, groups, flat=method.flat_parameters and not opts.distributed.deepspeed)
     lr_schedule = build_lr_schedule(opts.schedule, opts.optimizer, built, begin.length.total_steps)
     objective = DDPMObjective(family.spec.prediction_type, opts.noise, opts.loss, run.device)
     if begin.stored is not None:
         load_weights(begin.stored, method.parts())
+    else:
+        advance_schedule(lr_schedule, begin.position.step)
     method.enter_step(begin.position.step)
     if opts.memory.torch_compile:
         family.compile(opts.memory.dynamo_backend)
     stepper = run.stepper(built)
-    parts = StateParts(method.parts(), built.optimizer, lr_schedule, run.scaler, objective, shards=stepper.shards)
+    parts = StateParts(
+        method.parts(), built.optimizer, lr_schedule, run.scaler, objective, shards=stepper.shards, flat=built.flat
+    )
     pin = run.device.type == "cuda"
     loader = PlannedBatches(data, begin.length, rank=run.rank, seed=run.seed, loader=opts.loader, pin_memory=pin)
     training = Training(
@@ -133,10 +137,18 @@ def set_up(run: Run, family: ModelFamily, method: Method, data: TrainingData, op
 
 
 def _make_tracker(run: Run, opts: TrainingOptions, begin: Beginning) -> Tracker:
-    tracker = Tracker(opts.log, length=begin.length, is_main=run.is_main, hparams=loggable(opts))
+    tracker = Tracker(
+        opts.log,
+        length=begin.length,
+        default_name=opts.tracker_name,
+        is_main=run.is_main,
+        hparams=loggable(opts),
+    )
     if begin.stored is not None:
         info = begin.stored.info
         tracker.resume(info.tracker, info.loss_average, begin.position.step)
+    elif begin.position.step:
+        tracker.resume({}, {}, begin.position.step)
     return tracker
 
 
@@ -147,11 +159,19 @@ def make_saver(training: Training, data: TrainingData, position: Any) -> Saver:
         UserError: the disk has no room for a single save.
     """
     run, opts = training.run, training.opts
+    facts = RunFacts(
+        opts=opts,
+        spec=training.family.spec,
+        data=data,
+        built=training.built,
+        length=training.length,
+        identity=training.begin.identity,
+        seed=run.seed,
+    )
     writer = ModelWriter(
-        training.family,
-        opts,
-        facts=_facts(training, data),
-        resolution_wh=max((spec.resolution_wh for spec in data.specs), key=lambda wh: wh[0] * wh[1]),
+        training.method,
+        opts.save,
+        training.method.describe(facts),
         observing=partial(observe, training.method, training.built),
         is_main=run.is_main,
     )
@@ -195,19 +215,3 @@ def _uploader(run: Run, opts: TrainingOptions) -> Uploader | None:
     uploader = Uploader(opts.hub)
     uploader.prepare()
     return uploader
-
-
-def _facts(training: Training, data: TrainingData) -> dict[str, str]:
-    """Return what models say about their data, optimizer and run. Names only, never paths."""
-    spec = training.family.spec
-    return {
-        "ss_training_started_at": str(time.time()),
-        "ss_base_model_version": spec.base_model_version,
-        "ss_sd_model_name": str(training.begin.identity.base_model["name"]),
-        "ss_sd_model_hash": str(training.begin.identity.base_model["hash"]),
-        "ss_optimizer": training.built.description,
-        "ss_seed": str(training.run.seed),
-        "ss_max_train_steps": str(training.length.total_steps),
-        "ss_num_epochs": str(training.length.epochs),
-        **{f"ss_{name}": str(count) for name, count in data.counts().items()},
-    }

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from library.training.flat_parameters import FlatParameters
     from library.training.resume_check import Changes
 
 __all__ = [
@@ -116,6 +117,13 @@ class StateParts:
     objective: Stateful | None = None
     ema: Averages | None = None
     shards: Shards | None = None
+    flat: FlatParameters | None = None
+    """Rows that stand for the parameters in the optimizer; states hold each parameter by itself."""
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Return the optimizer's state, parameter by parameter."""
+        state = self.optimizer.state_dict()
+        return state if self.flat is None else self.flat.spread(state)
 
 
 def state_bytes(modules: Mapping[str, nn.Module], per_parameter: float = 2.0) -> int:
@@ -239,7 +247,7 @@ def _write_parts(folder: Path, parts: StateParts, shards: Mapping[str, Path]) ->
     for name, path in shards.items():
         yield path.replace(folder / name)
     if parts.shards is None:
-        yield write_pickle(folder / OPTIMIZER, parts.optimizer.state_dict())
+        yield write_pickle(folder / OPTIMIZER, parts.optimizer_state())
     for name, weights in zip(model_names(len(parts.modules)), _weights(parts).values(), strict=True):
         write_safetensors(folder / name, weights, {"format": "pt"})
         yield folder / name
@@ -301,7 +309,7 @@ def _load_optimizer(stored: StoredState, parts: StateParts, changes: Changes | N
     if parts.shards is None:
         if stored.info.sharded:
             raise UserError("was saved with --deepspeed, which this run does not use", where=str(stored.folder))
-        load_optimizer_state(optimizer, load_pickle(path), where=str(path), keep=kept)
+        load_optimizer_state(optimizer, load_pickle(path), where=str(path), keep=kept, flat=parts.flat)
     if changes is not None and changes.new_schedule:
         rewind_schedule(parts.lr_schedule, optimizer, rates, stored.info.position.step)
     else:

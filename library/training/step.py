@@ -72,17 +72,21 @@ class TrainStep(nn.Module):
         """
         family, method, objective = self._family[0], self._method[0], self._objective[0]
         with torch.no_grad():
-            latents = batch.latents
-            if latents is None and batch.pixels is not None:
-                latents = family.encode_images(batch.pixels, draws)
-            if latents is None:
-                raise ValueError("a batch needs latents or pixels")
+            latents = self.latents(batch, draws)
             noised = objective.noise(family.scale_latents(latents.float()), draws, timestep)
         with self.autocast():
             condition = method.condition(batch, draws)
             prediction = method.predict(noised, condition, batch)
-        target = method.target(noised, condition, batch)
+            target = method.target(noised, condition, batch)
         return self.loss_function(prediction.float(), target.float(), batch.mask, noised.huber_c), noised
+
+    def latents(self, batch: Batch, draws: Draws) -> Tensor:
+        """Return the unscaled latents of a batch: its own, or what the VAE makes of its pixels."""
+        if batch.latents is not None:
+            return batch.latents
+        if batch.pixels is None:
+            raise ValueError("a batch needs latents or pixels")
+        return self._family[0].encode_images(batch.pixels, draws)
 
     def validation_timesteps(self, count: int) -> tuple[int, ...]:
         """Return `count` timesteps spread evenly over those that are trained."""

@@ -112,4 +112,4 @@ class Stepper:
 
     def zero_grad(self) -> None:
         """Free all gradients."""
-        self.built.optimizer.zero_grad(set_to_none=True)
+        self.built.zero_grad()

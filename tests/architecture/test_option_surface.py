@@ -1,4 +1,4 @@
-"""The options of train_db.py are those that users' command lines and scripts were written for, plus ours."""
+"""The options of the training scripts are those that users' command lines and scripts were written for, plus ours."""
 
 import ast
 import json
@@ -9,16 +9,31 @@ from pathlib import Path
 import pytest
 
 import train_db
+import train_network
 from library.option_parser import parse
 from library.option_values import type_name
 from library.retired import ELSEWHERE, NO_EFFECT_IN, SPELLINGS
 
 ROOT = Path(__file__).parents[2]
-DECLARATIONS = {"options.py", "options_objective.py", "options_output.py", "checks.py", "retired.py", "options_doc.py"}
+DECLARATIONS = {
+    "checks.py",
+    "checks_network.py",
+    "options.py",
+    "options_doc.py",
+    "options_network.py",
+    "options_objective.py",
+    "options_output.py",
+    "options_progress.py",
+    "retired.py",
+}
 # Options that ask for what always happens, and one that its group reads itself.
 HONOURED = {"sdpa", "persistent_data_loader_workers", "resume_override"}
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "train_db_options.json").read_text(encoding="utf-8"))
+SCRIPTS = {"train_db": train_db.Options, "train_network": train_network.Options}
+GOLDEN = {
+    script: json.loads((ROOT / "tests" / "golden" / f"{script}_options.json").read_text(encoding="utf-8"))
+    for script in SCRIPTS
+}
 OURS = {
     "allow_nan_weights",
     "cache_dir",
@@ -40,39 +55,49 @@ OURS = {
     "strict_args",
 }
 
-OPTIONS = {name: option for name, option in train_db.Options.options().items() if option.offered}
+OPTIONS = {
+    script: {name: option for name, option in declared.options().items() if option.offered}
+    for script, declared in SCRIPTS.items()
+}
+every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
-def test_same_options_as_golden():
-    assert set(OPTIONS) == set(GOLDEN) | OURS
+@every_script
+def test_same_options_as_golden(script):
+    assert set(OPTIONS[script]) == set(GOLDEN[script]) | OURS
 
 
-@pytest.mark.parametrize("name", sorted(GOLDEN))
-def test_type_default_and_choices(name):
-    option, golden = OPTIONS[name], GOLDEN[name]
+@pytest.mark.parametrize(("script", "name"), [(script, name) for script in SCRIPTS for name in sorted(GOLDEN[script])])
+def test_type_default_and_choices(script, name):
+    option, golden = OPTIONS[script][name], GOLDEN[script][name]
     default = list(option.default) if isinstance(option.default, tuple) else option.default
     assert (type_name(option.annotation), default) == (golden["type"], golden["default"])
     assert list(option.choices or []) == golden.get("choices", [])
 
 
-@pytest.mark.parametrize("name", sorted(OPTIONS))
-def test_every_option_is_explained(name):
-    text = OPTIONS[name].notes["help"]
-    assert text[0].isupper() or text.split()[0].strip(":,.`-").islower()
-    assert text.endswith(".")
+@every_script
+def test_every_option_is_explained(script):
+    for option in OPTIONS[script].values():
+        text = option.notes["help"]
+        assert text[0].isupper() or text.split()[0].strip(":,.`-").islower(), option.flag
+        assert text.endswith("."), option.flag
 
 
-def test_conditions_name_known_options():
-    for name, option in OPTIONS.items():
+@every_script
+def test_conditions_name_known_options(script):
+    for name, option in OPTIONS[script].items():
         for note in ("needs", "matters_when", "excludes", "implies", "means"):
             for other in option.notes.get(note, {}):
-                assert other in OPTIONS, f"--{name}: {note} names {other}"
+                assert other in OPTIONS[script], f"--{name}: {note} names {other}"
 
 
-def test_tables_of_names_agree_with_the_options():
-    assert not set(ELSEWHERE) & set(OPTIONS)
-    assert set(SPELLINGS.values()) <= set(OPTIONS)
-    assert {name for name, scripts in NO_EFFECT_IN.items() if "train_db" in scripts} <= set(OPTIONS)
+@every_script
+def test_tables_of_names_agree_with_the_options(script):
+    options = set(OPTIONS[script])
+    assert {name for name in options & set(ELSEWHERE) if f"{script}.py" not in ELSEWHERE[name]} == set()
+    assert {name for name, owner in ELSEWHERE.items() if f"{script}.py" in owner} <= options
+    assert set(SPELLINGS.values()) <= options
+    assert {name for name, scripts in NO_EFFECT_IN.items() if script in scripts} <= options
 
 
 @pytest.fixture
@@ -118,10 +143,10 @@ def test_documented_command_lines_parse(places, monkeypatch):
     assert not second.warnings
 
 
-def _words_of_consumers():
+def _words_of_consumers(script):
     """Return every attribute name and text constant of the code outside the declarations."""
     words = set()
-    files = [*(ROOT / "library").rglob("*.py"), ROOT / "train_db.py"]
+    files = [*(ROOT / "library").rglob("*.py"), ROOT / f"{script}.py"]
     for path in files:
         if path.name in DECLARATIONS:
             continue
@@ -133,13 +158,14 @@ def _words_of_consumers():
     return words
 
 
-def test_every_option_is_used_or_says_that_it_is_not():
-    words = _words_of_consumers()
+@every_script
+def test_every_option_is_used_or_says_that_it_is_not(script):
+    words = _words_of_consumers(script)
     # checkpoints/metadata.py reads f"metadata_{name}" for each name of its table.
     words |= {f"metadata_{word}" for word in words}
     unused = [
         name
-        for name, option in OPTIONS.items()
-        if option.field_name not in words and "train_db" not in NO_EFFECT_IN.get(name, {}) and name not in HONOURED
+        for name, option in OPTIONS[script].items()
+        if option.field_name not in words and script not in NO_EFFECT_IN.get(name, {}) and name not in HONOURED
     ]
     assert not unused

@@ -5,14 +5,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    import torch
     from torch import Tensor, nn
 
     from library.contracts import Batch, Condition, Noised, ParamGroup
     from library.draws import Draws
+    from library.training.model_saves import Describe, RunFacts
 
 
 class Method(Protocol):
     """Decides what trains and how it enters the step; the loop never asks which method it has."""
+
+    light: bool
+    """What is saved is small: it is saved as well when a signal ends the run."""
+
+    flat_parameters: bool
+    """Every parameter gets a gradient in every update, so they may lie in one long row (see `FlatParameters`)."""
 
     may_skip_parameters: bool
     """A registered parameter may get no gradient in some steps (DDP must then look for unused parameters)."""
@@ -35,6 +46,9 @@ class Method(Protocol):
     def enter_step(self, step: int) -> bool:
         """Freeze what stops training at this update; True when the trained set changed."""
 
+    def before_micro_step(self, batch: Batch) -> None:
+        """Get ready for a micro-batch of training."""
+
     def condition(self, batch: Batch, draws: Draws) -> Condition:
         """Return what the denoiser is conditioned on."""
 
@@ -47,5 +61,26 @@ class Method(Protocol):
     def after_update(self, step: int) -> None:
         """Act on the weights after an optimizer step (max-norm and the like)."""
 
+    def scalars(self) -> dict[str, Tensor]:
+        """Return numbers of the last update that are drawn beside the loss, on the device."""
+
     def train_mode(self) -> None:
         """Put the trained modules into training mode."""
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Return the context in which the trained modules are in evaluation mode, as they will be used."""
+
+    @property
+    def kind(self) -> str:
+        """Format of saved models."""
+
+    def parameter_count(self) -> int:
+        """Return the number of values that a saved model has."""
+
+    def describe(self, facts: RunFacts) -> Describe:
+        """Return what makes the metadata of the models of a run."""
+
+    def save(
+        self, target: Path, kind: str, precision: torch.dtype | None, metadata: dict[str, str], *, epoch: int, step: int
+    ) -> Path:
+        """Write what was trained for use and return its path; `target` has no suffix."""

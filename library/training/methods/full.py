@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from library.checkpoints.parameter_order import in_reference_order
+from library.checkpoints.save import save_kind
 from library.contracts import ParamGroup
 from library.models.memory import has_dropout
-from library.training.parameter_order import in_reference_order
+from library.training.model_saves import model_metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,8 +22,8 @@ if TYPE_CHECKING:
     from library.contracts import Batch, Condition, Noised
     from library.draws import Draws
     from library.models.family import ModelFamily
-    from library.models.options import MemoryOptions
-    from library.training.options import FullTuneOptions
+    from library.training.model_saves import Describe, RunFacts
+    from library.training.options import FullTuneOptions, TrainingOptions
 
 
 def trained_parts(tune: FullTuneOptions) -> tuple[str, ...]:
@@ -30,15 +35,16 @@ def trained_parts(tune: FullTuneOptions) -> tuple[str, ...]:
 class FullTune:
     """Trains all weights of the family's denoiser and, until the stop, those of its text encoders."""
 
+    light = False
+    flat_parameters = False
     may_skip_parameters = False
 
-    def __init__(
-        self, family: ModelFamily, tune: FullTuneOptions, memory: MemoryOptions, *, learning_rate: float
-    ) -> None:
+    def __init__(self, family: ModelFamily, tune: FullTuneOptions, opts: TrainingOptions) -> None:
         self.family = family
         self.tune = tune
-        self.learning_rate = learning_rate
-        self.memory = memory
+        self.learning_rate = opts.optimizer.learning_rate
+        self.memory, self.saves = opts.memory, opts.save
+        self.zero_terminal_snr = opts.noise.zero_terminal_snr
         self.stop_step = tune.stop_text_encoder_training
         self.trains_text = "text_encoder" in trained_parts(tune)
         self.text_active = self.trains_text
@@ -102,5 +108,45 @@ class FullTune:
         """Return the objective's own target."""
         return noised.target
 
+    def before_micro_step(self, batch: Batch) -> None:
+        """Nothing to do."""
+
     def after_update(self, step: int) -> None:
         """Nothing to do: full fine-tuning has no constraint on its weights."""
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Return nothing: there are no numbers but those of every method."""
+        return {}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode for all parts, and back."""
+        modes = {module: module.training for part in self.parts().values() for module in part.modules()}
+        try:
+            for part in self.parts().values():
+                part.eval()
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    @property
+    def kind(self) -> str:
+        """Format of saved models: that of the source unless the user chose one."""
+        return save_kind(self.saves.save_model_as, self.saves.use_safetensors, self.family.source_kind)
+
+    def parameter_count(self) -> int:
+        """Return the number of values that a saved model has."""
+        return self.family.parameter_count()
+
+    def describe(self, facts: RunFacts) -> Describe:
+        """Return what makes the metadata of the models of a run."""
+        return model_metadata(facts)
+
+    def save(
+        self, target: Path, kind: str, precision: torch.dtype | None, metadata: dict[str, str], *, epoch: int, step: int
+    ) -> Path:
+        """Write the whole model for use and return its path; `target` has no suffix."""
+        return self.family.save(
+            target, kind, precision, metadata, epoch=epoch, step=step, zero_terminal_snr=self.zero_terminal_snr
+        )

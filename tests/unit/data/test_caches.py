@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from library.contracts import ImageRecord, Placement
 from library.data import caches
+from library.data.cache_files import setting_aside
 from library.data.cache_names import LEGACY, CacheRules, LatentNeed, cache_path, mirror_root
 from library.data.caches import BrokenCache, check_file, find_valid, read_latents, write_latents
 from library.data.npz import BrokenNpz, NpzFile, pack_npz
@@ -306,9 +307,10 @@ def test_flipped_bits_never_reach_training(tmp_path):
 def test_broken_files_are_set_aside(tmp_path):
     path = tmp_path / "a.npz"
     path.write_bytes(b"x")
-    caches.set_aside(str(path))
-    assert not path.exists() and (tmp_path / "a.npz.corrupt").exists()
-    caches.set_aside(str(path))
+    for reason in (caches.UNREADABLE, caches.MISSING):
+        with pytest.raises(BrokenCache, match=reason), setting_aside(str(path)):
+            read_latents(str(path), (4, 6, 8))
+        assert not path.exists() and (tmp_path / "a.npz.corrupt").exists()
 
 
 def test_pickled_objects_are_never_loaded(tmp_path):

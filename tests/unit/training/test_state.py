@@ -16,7 +16,7 @@ from library.contracts import Position, RunLength
 from library.errors import StopTraining, UserError
 from library.faults import VARIABLE
 from library.files import CannotSave
-from library.training.parameter_order import in_reference_order, sort_as_reference
+from library.checkpoints.parameter_order import in_reference_order, sort_as_reference
 from library.training.state import (
     Identity,
     Ranks,

@@ -1,0 +1,129 @@
+"""What can be refused or doubted about network training before any model is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.errors import Problem, UserError
+from library.option_values import nearest
+from library.training.checks import must_exist
+
+if TYPE_CHECKING:
+    from library.training.options_network import NetworkTrainingOptions
+
+_MODULE = "--network_module"
+_PACKAGES = {"lycoris": "lycoris_lora"}
+"""Module -> the package on PyPI that brings it, where the names differ."""
+
+
+def check_network(options: NetworkTrainingOptions) -> Iterator[Problem]:
+    """Yield what stops the training of a network, judged by its options and the heads of the files they name."""
+    if options.data.debug_dataset:
+        return
+    yield from _module(options.network.network_module)
+    yield from _files(options)
+    yield from _rates(options)
+    yield from _start(options)
+    if options.network.trains_text_encoder and options.values().get("cache_text_encoder_outputs"):
+        what = "cannot be combined with a text encoder that is trained"
+        yield Problem("--cache_text_encoder_outputs", what, "Add --network_train_unet_only.")
+
+
+def warn_network(options: NetworkTrainingOptions) -> Iterator[Problem]:
+    """Yield what is probably not meant."""
+    network, start = options.network, options.start
+    if "fused_backward_pass" in options.given:
+        what = "has no effect: the gradients of a network take little memory, and are updated together"
+        yield Problem("--fused_backward_pass", what)
+    if network.fp8_base_unet and options.precision.fp8_base:
+        yield Problem("--fp8_base_unet", "has no effect, since --fp8_base is given")
+    if start.given and options.state.resume:
+        name = "--initial_epoch" if start.initial_step is None else "--initial_step"
+        yield Problem(name, "replaces the position that the state of --resume has recorded")
+
+
+def _module(name: str | None) -> Iterator[Problem]:
+    from library.training.options_network import MODULES
+
+    listed = ", ".join(MODULES)
+    if name is None:
+        yield Problem(_MODULE, "is required", f"Name one of {listed}, or a module of your own.")
+        return
+    package = name.partition(".")[0]
+    ours = package == "networks"
+    try:
+        found = find_spec(name if ours else package) is not None
+    except (ImportError, ValueError):
+        found = False
+    if found:
+        return
+    if not ours:
+        hint = f"Run: pip install {_PACKAGES.get(package, package)}" if name in MODULES else f"There are {listed}."
+        yield Problem(_MODULE, f"{name}: the module {package} is not installed", hint)
+        return
+    near = nearest(name, MODULES, cutoff=0.6)
+    yield Problem(_MODULE, f"there is no module {name}", f"Did you mean {near}?" if near else f"There are {listed}.")
+
+
+def _files(options: NetworkTrainingOptions) -> Iterator[Problem]:
+    """Look for the network files, and into their headers: another base model, or no network at all."""
+    from library.training.options_network import MODULES
+
+    network = options.network
+    named = [("--base_weights", name) for name in network.base_weights]
+    if network.network_weights:
+        named.insert(0, ("--network_weights", network.network_weights))
+    for option, name in named:
+        missing = list(must_exist(option, name, folder=Path(name).is_dir()))
+        yield from missing
+        # What the files of somebody else's module look like is not known here.
+        if not missing and network.network_module in MODULES:
+            yield from _unfit(options, option, name)
+
+
+def _unfit(options: NetworkTrainingOptions, option: str, name: str) -> Iterator[Problem]:
+    from library.checkpoints.lora_file import inspect_lora, require_base
+
+    try:
+        require_base(inspect_lora(name), "sd2" if options.model.v2 else "sd1", option)
+    except UserError as error:
+        for found in error.problems:
+            where = found.where if found.where.startswith(option) else f"{option} {found.where}".strip()
+            yield replace(found, where=where)
+
+
+def _rates(options: NetworkTrainingOptions) -> Iterator[Problem]:
+    network, default = options.network, options.optimizer.learning_rate
+    if len(network.text_encoder_lr) > options.text_encoders:
+        what = f"{len(network.text_encoder_lr)} values, but the model has {_encoders(options.text_encoders)}"
+        yield Problem("--text_encoder_lr", what, "Give one value for each.")
+    rates = []
+    if network.trains_unet:
+        rates.append(default if network.unet_lr is None else network.unet_lr)
+    if network.trains_text_encoder:
+        rates += network.text_encoder_lr or [default]
+    if rates and not any(rates):
+        options_named = "--learning_rate, --unet_lr or --text_encoder_lr"
+        yield Problem(
+            "--learning_rate", "is 0 for all that the network covers, so nothing is trained", f"Raise {options_named}."
+        )
+
+
+def _encoders(count: int) -> str:
+    return "one text encoder" if count == 1 else f"{count} text encoders"
+
+
+def _start(options: NetworkTrainingOptions) -> Iterator[Problem]:
+    """Refuse to begin after the end, where the length is known already; otherwise the data decide."""
+    length, first = options.length, options.start.initial_step
+    if first is not None and not length.max_train_epochs and first >= length.max_train_steps:
+        what = f"{first} is not below --max_train_steps {length.max_train_steps}, the updates of the whole run"
+        yield Problem("--initial_step", what, "Raise --max_train_steps.")
+    epoch = options.start.initial_epoch
+    if epoch is not None and first is None and length.max_train_epochs and epoch > length.max_train_epochs:
+        what = f"{epoch} is above --max_train_epochs {length.max_train_epochs}, the epochs of the whole run"
+        yield Problem("--initial_epoch", what, "Raise --max_train_epochs.")

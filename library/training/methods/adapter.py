@@ -1,0 +1,308 @@
+"""Training a network (LoRA and its relatives) beside a model that stays as it is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from library.contracts import ParamGroup
+from library.errors import UserError, raise_problems
+from library.randomness import derive
+from library.training.network_files import (
+    KohyaFile,
+    load_network_weights,
+    merge_base_networks,
+    save_network,
+)
+from library.training.network_metadata import network_metadata
+from library.training.network_module import (
+    argument_problems,
+    import_network_module,
+    optimizer_groups,
+    require_network,
+)
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from torch import Tensor
+
+    from library.contracts import Batch, Condition, Noised
+    from library.draws import Draws
+    from library.models.family import ModelFamily
+    from library.training.model_saves import Describe, RunFacts
+    from library.training.options_network import NetworkTrainingOptions
+    from library.training.run import Run
+
+logger = logging.getLogger(__name__)
+
+PRESERVE = "diff_output_preservation"
+"""Custom attribute of a subset: what the model drew without the network is the target for its images."""
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkPlan:
+    """What is known of the network before a model is loaded.
+
+    Attributes:
+        module: the imported network module.
+        opts: of the script.
+        trains_text: whether the text encoder gets a network that is trained.
+        adapts_text: whether the text encoder gets a network at all.
+    """
+
+    module: ModuleType
+    opts: NetworkTrainingOptions
+    trains_text: bool
+    adapts_text: bool
+
+    @classmethod
+    def of(cls, opts: NetworkTrainingOptions) -> NetworkPlan:
+        """Import the module and check its arguments.
+
+        Raises:
+            UserError: the module cannot be used, or refuses its arguments.
+        """
+        network = opts.network
+        name = network.network_module or ""
+        module = import_network_module(name)
+        dim = None if network.dim_from_weights else network.network_dim
+        raise_problems(argument_problems(name, module, dim, network.network_alpha, network.arguments))
+        covers = network.trains_text_encoder and not getattr(module, "UNET_ONLY", False)
+        rates = network.text_encoder_lr or (opts.optimizer.learning_rate,)
+        trains = covers and any(rate > 0 for rate in rates)
+        return cls(module, opts, trains, trains or (covers and network.network_weights is not None))
+
+    def prepare(self, family: ModelFamily) -> None:
+        """Change the model in memory as the options ask, before anything of it is cached."""
+        merge_base_networks(family, self.opts.network.base_networks)
+        precision = self.opts.precision
+        if precision.fp8_base or self.opts.network.fp8_base_unet:
+            family.store_in_float8(("unet", "text_encoder") if precision.fp8_base else ("unet",))
+
+
+class Adapter:
+    """Trains a network on the denoiser and the text encoders; see `library.training.methods.base.Method`."""
+
+    light = True
+
+    def __init__(self, run: Run, family: ModelFamily, plan: NetworkPlan) -> None:
+        self.family = family
+        self.plan = plan
+        self.opts = plan.opts
+        self.device, self.dtype, self.seed = run.device, run.trained_dtype, run.seed
+        self.network: Any = None
+        self.may_skip_parameters = False
+        self.uses_global_randomness = False
+        self.flat_parameters = False
+        self._epoch = -1
+        self._multiplier = 1.0
+        self._limits: Tensor | None = None
+
+    # Before training ---------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Create the network, attach it to the model, and load what it starts from."""
+        options = self.opts.network
+        for part in self.family.parts().values():
+            part.requires_grad_(False).eval()
+        # A function of the seed alone, whatever was drawn before.
+        torch.manual_seed(derive(self.seed, "init", "network"))
+        network = self.network = self._create()
+        if hasattr(network, "prepare_network"):
+            network.prepare_network(self.opts)
+        network.apply_to(self._text_encoder, self.family.denoiser, self.plan.adapts_text, options.trains_unet)
+        if next(network.parameters(), None) is None:
+            raise UserError("finds no layer of the model that it could be attached to", where=self._where)
+        if options.network_weights:
+            load_network_weights(network, options.network_weights, self.family.spec.name)
+        network.to(device=self.device, dtype=self.dtype)
+        # Modules of ours say what they do; of others nothing is known.
+        self.may_skip_parameters = bool(getattr(network, "may_skip_parameters", True))
+        self.uses_global_randomness = bool(getattr(network, "uses_global_randomness", True))
+        self.flat_parameters = not self.may_skip_parameters
+        self._enable_checkpointing()
+        if hasattr(network, "prepare_grad_etc"):
+            network.prepare_grad_etc(self._text_encoder, self.family.denoiser)
+        if options.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
+            logger.warning("--scale_weight_norms has no effect: %s cannot scale its weights", options.network_module)
+        self.train_mode()
+
+    def _create(self) -> Any:
+        options, module = self.opts.network, self.plan.module
+        rest = (None, self._text_encoder, self.family.denoiser)
+        arguments = options.arguments
+        if options.dim_from_weights:
+            with KohyaFile(str(options.network_weights), self.family.spec.name, "--network_weights") as path:
+                made, _ = module.create_network_from_weights(1.0, str(path), *rest, **arguments)
+        else:
+            made = module.create_network(
+                1.0,
+                options.network_dim,
+                options.network_alpha,
+                *rest,
+                neuron_dropout=options.network_dropout,
+                **arguments,
+            )
+        return require_network(made, options.network_module or "")
+
+    def _enable_checkpointing(self) -> None:
+        if not self.opts.memory.gradient_checkpointing:
+            return
+        self.family.enable_gradient_checkpointing(
+            preserve_rng_state=self.uses_global_randomness, offload=self.opts.network.cpu_offload_checkpointing
+        )
+        if hasattr(self.network, "enable_gradient_checkpointing"):
+            self.network.enable_gradient_checkpointing()
+
+    @property
+    def _where(self) -> str:
+        return f"--network_module {self.opts.network.network_module}"
+
+    @property
+    def _text_encoder(self) -> Any:
+        """One text encoder as it is, several as a list: modules choose their names by that."""
+        encoders = self.family.text_encoders
+        return encoders[0] if len(encoders) == 1 else list(encoders)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Return the network."""
+        return {"network": self.network}
+
+    def trainable(self) -> nn.ModuleDict:
+        """Return the network."""
+        return nn.ModuleDict({"network": self.network})
+
+    def param_groups(self) -> list[ParamGroup]:
+        """Return the groups that the network itself makes."""
+        options, rate = self.opts.network, self.opts.optimizer.learning_rate
+        groups, names = optimizer_groups(self.network, options.text_encoder_lr, options.unet_lr, rate)
+        if not groups:
+            raise UserError("has nothing to train with these learning rates", where=self._where)
+        made = []
+        for group, name in zip(groups, names, strict=True):
+            settings = {key: value for key, value in group.items() if key not in ("params", "lr")}
+            given = group.get("lr")
+            made.append(ParamGroup(name, tuple(group["params"]), rate if given is None else float(given), settings))
+        return made
+
+    # In training ---------------------------------------------------------------------------------------------------
+
+    def train_mode(self) -> None:
+        """Training mode for the network; the model stays in evaluation mode."""
+        self.network.train()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode, and full strength whatever the data set of the last batch asked for."""
+        before = self._multiplier
+        self._set_multiplier(1.0)
+        self.network.eval()
+        try:
+            yield
+        finally:
+            self.network.train()
+            self._set_multiplier(before)
+
+    def enter_step(self, step: int) -> bool:
+        """Nothing stops training during the run."""
+        return False
+
+    def before_micro_step(self, batch: Batch) -> None:
+        """Tell the network that an epoch or a micro-batch begins."""
+        network = self.network
+        if batch.key.epoch != self._epoch:
+            self._epoch = batch.key.epoch
+            if hasattr(network, "on_epoch_start"):
+                network.on_epoch_start(self._text_encoder, self.family.denoiser)
+        if hasattr(network, "on_step_start"):
+            network.on_step_start(self._text_encoder, self.family.denoiser)
+
+    def condition(self, batch: Batch, draws: Draws) -> Condition:
+        """Encode the captions, with gradients only if the network on the text encoder trains."""
+        self._set_multiplier(batch.network_multiplier)
+        with torch.set_grad_enabled(self.plan.trains_text and torch.is_grad_enabled()):
+            return self.family.condition(batch, draws)
+
+    def predict(self, noised: Noised, condition: Condition, batch: Batch) -> Tensor:
+        """Run the denoiser with the network."""
+        return self.family.denoise(noised.noisy, noised.t, condition)
+
+    def target(self, noised: Noised, condition: Condition, batch: Batch) -> Tensor:
+        """Return the objective's target; for images whose output is to be preserved, what the bare model predicts."""
+        rows = [row for row, attributes in enumerate(batch.custom_attributes) if attributes.get(PRESERVE)]
+        if not rows:
+            return noised.target
+        target = noised.target.clone()
+        with torch.no_grad(), self._bare():
+            if self.plan.adapts_text:
+                condition = self.family.encode_text(batch.token_ids, batch.token_weights)
+            chosen = replace(condition, hidden=condition.hidden[rows])
+            target[rows] = self.family.denoise(noised.noisy[rows], noised.t[rows], chosen).to(target.dtype)
+        return target
+
+    @contextmanager
+    def _bare(self) -> Iterator[None]:
+        """The model without the network."""
+        before = self._multiplier
+        self._set_multiplier(0.0)
+        try:
+            yield
+        finally:
+            self._set_multiplier(before)
+
+    def _set_multiplier(self, multiplier: float) -> None:
+        if multiplier == self._multiplier:
+            return
+        if not hasattr(self.network, "set_multiplier"):
+            raise UserError("cannot change its strength, as network_multiplier of the data asks", where=self._where)
+        self.network.set_multiplier(multiplier)
+        self._multiplier = multiplier
+
+    def after_update(self, step: int) -> None:
+        """Keep the weights' norms below `--scale_weight_norms`."""
+        limit = self.opts.network.scale_weight_norms
+        if not limit:
+            return
+        if hasattr(self.network, "limit_norms"):
+            self._limits = self.network.limit_norms(limit)
+        elif hasattr(self.network, "apply_max_norm_regularization"):
+            scaled, mean, highest = self.network.apply_max_norm_regularization(limit, self.device)
+            self._limits = torch.tensor([float(scaled or 0), float(mean), float(highest)])
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Return what the last update says about the network, to be drawn beside the loss."""
+        if self._limits is None:
+            return {}
+        names = ("max_norm/keys_scaled", "norm/avg_key_norm", "max_norm/max_key_norm")
+        return dict(zip(names, self._limits.unbind(), strict=True))
+
+    # Saving --------------------------------------------------------------------------------------------------------
+
+    @property
+    def kind(self) -> str:
+        """Format of saved networks."""
+        return self.opts.save.save_model_as or "safetensors"
+
+    def parameter_count(self) -> int:
+        """Return the number of values that a saved network has."""
+        return sum(tensor.numel() for tensor in self.network.state_dict().values())
+
+    def describe(self, facts: RunFacts) -> Describe:
+        """Return what makes the metadata of the networks of a run; a thread begins to hash the base model."""
+        return network_metadata(
+            self.opts, family=facts.spec, data=facts.data, built=facts.built, length=facts.length, seed=facts.seed
+        )
+
+    def save(
+        self, target: Path, kind: str, precision: torch.dtype | None, metadata: dict[str, str], *, epoch: int, step: int
+    ) -> Path:
+        """Write the network for use and return its path; `target` has no suffix."""
+        return save_network(self.network, target.with_name(f"{target.name}.{kind}"), precision, metadata)

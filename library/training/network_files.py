@@ -1,0 +1,155 @@
+"""Network files on their way in and out of training: warm starts, merges into the base model, and saved networks."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from library.checkpoints.lora_file import LoraFile, read_lora, require_base, write_lora
+from library.checkpoints.lora_math import apply_delta, bias_delta, changes_weight
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from library.models.family import ModelFamily
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 5
+
+
+def merge_base_networks(family: ModelFamily, networks: Iterable[tuple[str, float]]) -> None:
+    """Merge `--base_weights` into the model in memory: computed in float32, stored in the model's types.
+
+    Args:
+        family: its denoiser and text encoders change, before anything is cached or attached.
+        networks: (file, strength).
+
+    Raises:
+        UserError: a file cannot be read, is for another model, or none of its modules fits.
+    """
+    for path, strength in networks:
+        where = f"--base_weights {path}"
+        file = read_lora(path, base=family.spec.name)
+        require_base(file, family.spec.name, "--base_weights")
+        unmatched = _merge(family, file, strength)
+        matched = len(file.modules) - len(unmatched)
+        if not matched:
+            raise UserError("none of its modules has a counterpart in the model", where=where)
+        logger.info("merged %s at strength %g: %d modules", path, strength, matched)
+        _report([*unmatched, *file.unknown], where)
+        for part in family.parts():
+            family.note_change(part, f"{Path(path).name}:{strength}:{_digest(file)}")
+
+
+def _merge(family: ModelFamily, file: LoraFile, strength: float) -> list[str]:
+    """Merge one file; return the names of modules without counterpart."""
+    parts = family.parts()
+    unmatched = []
+    for name, weights in file.modules.items():
+        part, path = file.places[name]
+        layer = _layer(parts.get(part), path)
+        if layer is None:
+            unmatched.append(name)
+            continue
+        with torch.no_grad():
+            if changes_weight(weights):
+                layer.weight.copy_(apply_delta(layer.weight.float(), weights, strength))
+            bias = bias_delta(weights)
+            if bias is not None and layer.bias is not None:
+                layer.bias.copy_(layer.bias.float() + strength * bias.to(layer.bias.device))
+    return unmatched
+
+
+def _layer(root: Any, path: str) -> Any:
+    """Return the layer at `path`, or None."""
+    if root is None:
+        return None
+    try:
+        layer = root.get_submodule(path)
+    except AttributeError:
+        return None
+    return layer if getattr(layer, "weight", None) is not None else None
+
+
+def _digest(file: LoraFile) -> str:
+    from library.checkpoints.hashes import file_sha256
+
+    return file_sha256(file.path)[:16]
+
+
+def _report(names: Sequence[str], where: str) -> None:
+    if names:
+        shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+        logger.warning("%s: %d entries were not used: %s", where, len(names), shown)
+
+
+def load_network_weights(network: Any, path: str, family_name: str) -> None:
+    """Load `--network_weights` into a network that is attached already.
+
+    Modules know files in kohya's layout, so a file of another one is translated into a temporary file first.
+
+    Raises:
+        UserError: the file cannot be read or is for another model, or the module refuses it.
+    """
+    where = f"--network_weights {path}"
+    with KohyaFile(path, family_name, "--network_weights") as readable:
+        try:
+            info = network.load_weights(str(readable))
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise UserError(f"does not fit the network ({error})", "Try --dim_from_weights", where=where) from error
+    logger.info("%s: %s", where, info)
+
+
+class KohyaFile:
+    """Context of a network file in kohya's layout: the file itself, or a temporary translation of it."""
+
+    def __init__(self, path: str, family_name: str, option: str) -> None:
+        self._path, self._family, self._option = path, family_name, option
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> Path:
+        file = read_lora(self._path, base=self._family)
+        require_base(file, self._family, self._option)
+        if file.unknown:
+            _report(file.unknown, f"{self._option} {self._path}")
+        if file.layout in ("kohya", "lycoris"):
+            return file.path
+        self._folder = tempfile.TemporaryDirectory(prefix="sd-network-")
+        return write_lora(Path(self._folder.name) / "network.safetensors", file.tensors(), file.metadata)
+
+    def __exit__(self, *_: object) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+def save_network(network: Any, target: Path, precision: torch.dtype | None, metadata: Mapping[str, str]) -> Path:
+    """Write a network by its own method, and see to it that the file appears complete, with its hashes, or not at all.
+
+    Args:
+        network: offers `save_weights(file, dtype, metadata)`.
+        target: the final name; its suffix decides the format.
+        precision: type of the values; None: as they are.
+        metadata: strings for the header.
+    """
+    if getattr(network, "saves_whole_files", False):
+        network.save_weights(str(target), precision, dict(metadata))
+        return target
+    from library.checkpoints.tensor_files import MappedTensors, open_tensors
+    from library.files import remove_tree, temporary_beside
+
+    folder = temporary_beside(target)
+    folder.mkdir(parents=True)
+    try:
+        raw = folder / f"network{target.suffix}"
+        network.save_weights(str(raw), precision, dict(metadata))
+        tensors = open_tensors(raw)
+        header = tensors.header.metadata if isinstance(tensors, MappedTensors) else {}
+        return write_lora(target, tensors, {**metadata, **header})
+    finally:
+        remove_tree(folder)

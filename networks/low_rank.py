@@ -1,0 +1,72 @@
+"""y = W x + b + scale * up(down(x)) as one autograd node.
+
+Two more linear layers beside a frozen one cost far more than their arithmetic: the sum of both outputs, the product
+with the scale, and in the backward pass the sum of both gradients of x are passes over whole activations. Here matrix
+products accumulate into the outputs that are there anyway, and the nodes of the graph, those of the conversions that
+mixed precision needs included, become one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - torch's own name for it
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the type that a matrix product with `x` is computed in: autocast's where that is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """Backward, with g = scale * dy up: dx = dy W + g down, d_up = scale * dy^T (x down^T), d_down = g^T x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+    ) -> Tensor:
+        ctx.scale, ctx.shape, ctx.dtypes = scale, x.shape, (x.dtype, down.dtype, up.dtype)
+        dtype = compute_dtype(x)
+        if not weight.dtype == down.dtype == up.dtype == x.dtype == dtype:
+            x, weight, down, up = x.to(dtype), weight.to(dtype), down.to(dtype), up.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        low = F.linear(rows, down)
+        y = F.linear(rows, weight, bias).addmm_(low, up.t(), alpha=scale)
+        ctx.save_for_backward(rows, low, weight, down, up)
+        return y.view(*ctx.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        rows, low, weight, down, up = ctx.saved_tensors
+        of_x, of_down, of_up = ctx.dtypes
+        dy = grad.reshape(-1, grad.shape[-1])
+        low_grad = (dy @ up).mul_(ctx.scale)
+        dx = d_down = d_up = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ weight).addmm_(low_grad, down).view(ctx.shape).to(of_x)
+        if ctx.needs_input_grad[3]:
+            d_down = (low_grad.t() @ rows).to(of_down)
+        if ctx.needs_input_grad[4]:
+            d_up = (dy.t() @ low).mul_(ctx.scale).to(of_up)
+        return dx, None, None, d_down, d_up, None
+
+
+def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """Return the output of a frozen linear layer with a low-rank adapter.
+
+    Everything is computed in the type of autocast or else of `x`, whatever the types of the weights; gradients come in
+    the types of what they belong to.
+
+    Args:
+        x: [..., in].
+        weight: [out, in], frozen.
+        bias: [out] or None, frozen.
+        down: [r, in].
+        up: [out, r].
+        scale: factor of the adapter.
+    """
+    return _AdaptedLinear.apply(x, weight, bias, down, up, scale)

@@ -1,0 +1,265 @@
+"""What `networks.loha` and `networks.lokr` share: rows left out in training, and which layers get which rank and rate."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - torch's own name for it
+
+from library.checkpoints.lora_file import AdapterWeights
+from library.checkpoints.lora_math import delta_weight
+from library.errors import Problem
+from library.option_values import BadValue
+from networks.adapter_base import Adapter
+from networks.low_rank import compute_dtype
+from networks.network_args import CONV_KEYS, DROPOUT_KEYS, PLUS_KEYS, WHERE, Keys, flag, problems_of
+from networks.targets import Target
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_RANK = 4
+DEFAULT_ALPHA = 1.0
+
+
+# The adapters -------------------------------------------------------------------------------------------------------
+
+
+class WeightAdapter(Adapter):
+    """An adapter that adds a product of small tensors to the weight, and in training leaves out rows of it."""
+
+    kind = ""
+    """What files of this kind are called in `library.checkpoints.lora_file`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the layer with its adapter."""
+        if not self.dropping:
+            return self.adapted(x, None)
+        if self.dropouts.module and float(torch.rand(())) < self.dropouts.module:
+            return self.inner(x)
+        return self.adapted(x, self._kept_rows(x.device) if self.dropouts.rank else None)
+
+    def _kept_rows(self, device: torch.device) -> Tensor:
+        rate = self.dropouts.rank
+        kept = torch.rand(self.layer.weight.shape[0], device=device) > rate
+        return kept * (1 / (1 - rate) if rate < 1 else 0.0)
+
+    def adapted(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        """Compute the layer with its adapter.
+
+        Args:
+            x: the layer's input.
+            rows: [out], what each row of the change is multiplied by; None: 1.
+        """
+        raise NotImplementedError
+
+    def delta(self) -> Tensor:
+        """Return what the adapter adds to the layer's weight at strength 1: float32, of that weight's shape."""
+        return delta_weight(AdapterWeights(self.name, self.kind, self.file_tensors()), tuple(self.layer.weight.shape))
+
+
+def layer_product(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """Return the product of a layer's input with a weight that takes the place of the layer's, without its bias.
+
+    Args:
+        layer: linear layer or convolution, whose stride, padding and dilation count.
+        x: its input.
+        weight: [n, in] or [n, in, *kernel], of any type.
+    """
+    weight = weight.to(compute_dtype(x))
+    if weight.dim() == 2:
+        return F.linear(x, weight)
+    return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)
+
+
+def channel_product(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """Return the product of a matrix [n, m] with the channels of `x`.
+
+    Args:
+        layer: linear layer, for which `x` is [..., m], or convolution: [B, m, h, w].
+        x: some values on their way through the layer.
+        weight: [n, m], of any type.
+    """
+    weight = weight.to(compute_dtype(x))
+    return F.linear(x, weight) if layer.weight.dim() == 2 else F.conv2d(x, weight[..., None, None])
+
+
+def scale_rows(weight: Tensor, rows: Tensor | None) -> Tensor:
+    """Return a weight with each of its rows, [out, ...], multiplied by one of `rows`, [out]."""
+    return weight if rows is None else weight * rows.reshape(-1, *(1 for _ in weight.shape[1:]))
+
+
+# Arguments ----------------------------------------------------------------------------------------------------------
+
+
+def patterns(value: Any) -> tuple[str, ...]:
+    """Read a list of regular expressions written as in Python: `['.*attn1.*', '.*ff.*']`."""
+    try:
+        found = ast.literal_eval(value) if isinstance(value, str) else value
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        raise BadValue(f"expected a list such as ['.*attn1.*'], got {value!r}") from error
+    if not isinstance(found, (list, tuple)) or not all(isinstance(item, str) for item in found):
+        raise BadValue(f"expected a list of texts such as ['.*attn1.*'], got {value!r}")
+    for pattern in found:
+        _compile(pattern)
+    return tuple(found)
+
+
+_PAIR = re.compile(r"\s*(.+?)\s*=\s*([^=,]*?)\s*(?:,|$)")
+
+
+def _pairs(value: Any, number: Callable[[str], Any]) -> tuple[tuple[str, Any], ...]:
+    # A comma or an equals sign inside a regular expression does not end it: only `=number` before a comma does.
+    found, position = [], 0
+    while position < len(value):
+        match = _PAIR.match(value, position)
+        if match is None:
+            raise BadValue(f"expected pairs such as .*attn1.*=8,.*ff.*=4, got {value[position:]!r}")
+        position = match.end()
+        try:
+            read = number(match[2])
+        except ValueError as error:
+            raise BadValue(f"{match[2]!r} (for {match[1]!r}) is not a usable number") from error
+        _compile(match[1])
+        found.append((match[1], read))
+    return tuple(found)
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise BadValue(f"{pattern!r} is not a regular expression ({error})") from error
+
+
+def _rank(word: str) -> int:
+    if (rank := int(word)) < 0:
+        raise ValueError(word)
+    return rank
+
+
+def _rate(word: str) -> float:
+    if not 0 <= (rate := float(word)) < float("inf"):
+        raise ValueError(word)
+    return rate
+
+
+PRODUCT_KEYS: Keys = {
+    **CONV_KEYS,
+    **DROPOUT_KEYS,
+    **PLUS_KEYS,
+    "use_tucker": flag,
+    "exclude_patterns": patterns,
+    "include_patterns": patterns,
+    "network_reg_dims": lambda value: _pairs(value, _rank),
+    "network_reg_lrs": lambda value: _pairs(value, _rate),
+    "verbose": flag,
+}
+"""The keys that both modules know."""
+
+
+def product_problems(kwargs: Mapping[str, Any], keys: Keys) -> Iterator[Problem]:
+    """Yield what is wrong with the arguments of a module of this kind."""
+    found = list(problems_of(kwargs, keys))
+    yield from found
+    if found:
+        return
+    if kwargs.get("include_patterns") and not kwargs.get("exclude_patterns"):
+        hint = "To train nothing but the included layers add exclude_patterns=['.*']."
+        yield Problem(WHERE, "include_patterns brings back layers that exclude_patterns took out, which is not given", hint)
+    if float(kwargs.get("dropout") or 0):
+        hint = "Use rank_dropout or module_dropout in --network_args."
+        yield Problem("--network_dropout", "this kind of network has no neurons that could be left out", hint)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A layer that gets an adapter, with its rank and alpha."""
+
+    target: Target
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Which layers are adapted, at which rank and rate.
+
+    Patterns are matched against the whole path of a layer in its part of the model, such as
+    `down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q`. The first that fits counts.
+
+    Attributes:
+        rank: of linear layers and 1x1 convolutions.
+        alpha: of those.
+        conv_rank: of larger convolutions; None or 0: they get no adapter.
+        conv_alpha: of those.
+        exclude: patterns of layers that get no adapter...
+        include: ...unless one of these fits.
+        ranks: (pattern, rank) pairs; a rank of 0 takes a layer out.
+        rates: (pattern, learning rate) pairs.
+        verbose: whether to log every layer that a pattern decides about.
+    """
+
+    rank: int
+    alpha: float
+    conv_rank: int | None = None
+    conv_alpha: float = DEFAULT_ALPHA
+    exclude: Sequence[str] = ()
+    include: Sequence[str] = ()
+    ranks: Sequence[tuple[str, int]] = ()
+    rates: Sequence[tuple[str, float]] = ()
+    verbose: bool = False
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], network_dim: int | None, network_alpha: float | None) -> Rules:
+        """Return the rules that arguments ask for."""
+        return cls(
+            network_dim or DEFAULT_RANK,
+            DEFAULT_ALPHA if network_alpha is None else network_alpha,
+            values["conv_dim"],
+            DEFAULT_ALPHA if values["conv_alpha"] is None else values["conv_alpha"],
+            values["exclude_patterns"] or (),
+            values["include_patterns"] or (),
+            values["network_reg_dims"] or (),
+            values["network_reg_lrs"] or (),
+            bool(values["verbose"]),
+        )
+
+    def choose(self, targets: Iterable[Target]) -> Iterator[Choice]:
+        """Yield the layers that get an adapter."""
+        for target in targets:
+            rank, alpha = (self.conv_rank, self.conv_alpha) if target.is_conv else (self.rank, self.alpha)
+            excluded = _first([(pattern, 0) for pattern in self.exclude], target)
+            if excluded is not None and _first([(pattern, 0) for pattern in self.include], target) is None:
+                self._tell("%s: no adapter, by exclude_patterns", target)
+                continue
+            own = _first(self.ranks, target)
+            if own is not None:
+                rank = own[1]
+                self._tell("%s: rank %d, by network_reg_dims", target, rank)
+            if rank:
+                yield Choice(target, rank, alpha)
+
+    def set_rate(self, target: Target, adapter: Adapter) -> None:
+        """Give an adapter the learning rate that a pattern says."""
+        found = _first(self.rates, target)
+        if found is not None:
+            adapter.group, adapter.rate = f"reg_lr_{found[0]}", found[1]
+            self._tell("%s: learning rate %g, by network_reg_lrs", target, found[1])
+
+    def _tell(self, message: str, target: Target, *values: Any) -> None:
+        logger.log(logging.INFO if self.verbose else logging.DEBUG, message, target.path, *values)
+
+
+def _first(rules: Sequence[tuple[str, Any]], target: Target) -> tuple[int, Any] | None:
+    """Return the position and the value of the first rule whose pattern fits the layer."""
+    for position, (pattern, value) in enumerate(rules):
+        if re.fullmatch(pattern, target.path):
+            return position, value
+    return None

@@ -1,0 +1,122 @@
+"""Reads `--network_args`: every module has a table of the keys that it knows, and of how their values are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from library.errors import Problem, raise_problems
+from library.option_values import BadValue, convert, nearest
+from networks.adapter_base import Dropouts
+from networks.param_groups import PlusRatios
+
+WHERE = "--network_args"
+
+Reader = Callable[[Any], Any]
+"""Turns what the user wrote into a value; raises `BadValue` with a text that continues the key's name."""
+
+Keys = Mapping[str, Reader]
+"""The keys that a module knows, and their readers."""
+
+
+def flag(value: Any) -> bool:
+    """Read true or false; unlike in Python, the words False and 0 are false."""
+    return bool(convert(value, bool, None))
+
+
+def text(value: Any) -> str:
+    """Read any text."""
+    return str(value)
+
+
+def whole(at_least: int = 0, at_most: int | None = None) -> Reader:
+    """Return a reader of whole numbers in a range."""
+    return lambda value: _in_range(convert(value, int, None), at_least, at_most)
+
+
+def number(at_least: float | None = None, at_most: float | None = None) -> Reader:
+    """Return a reader of numbers in a range."""
+    return lambda value: _in_range(convert(value, float, None), at_least, at_most)
+
+
+share = number(0, 1)
+"""Reads a probability."""
+
+
+def choice(*words: str) -> Reader:
+    """Return a reader of one of several words."""
+
+    def read(value: Any) -> str:
+        if value not in words:
+            raise BadValue(f"expected one of {', '.join(words)}, got {value!r}")
+        return str(value)
+
+    return read
+
+
+def _in_range(value: Any, at_least: float | None, at_most: float | None) -> Any:
+    if at_least is not None and value < at_least:
+        raise BadValue(f"must be at least {at_least:g}, got {value:g}")
+    if at_most is not None and value > at_most:
+        raise BadValue(f"must be at most {at_most:g}, got {value:g}")
+    return value
+
+
+PLUS_KEYS: Keys = {
+    "loraplus_lr_ratio": number(0),
+    "loraplus_unet_lr_ratio": number(0),
+    "loraplus_text_encoder_lr_ratio": number(0),
+}
+CONV_KEYS: Keys = {"conv_dim": whole(0), "conv_alpha": number(0)}
+DROPOUT_KEYS: Keys = {"dropout": share, "rank_dropout": share, "module_dropout": share}
+"""`dropout` is there for every module: the trainer passes `--network_dropout` by that name, too."""
+
+
+def problems_of(kwargs: Mapping[str, Any], keys: Keys) -> Iterator[Problem]:
+    """Yield what is wrong with arguments: keys that are not known, values that cannot be read."""
+    for name, value in kwargs.items():
+        reader = keys.get(name)
+        if reader is None:
+            near = nearest(name, tuple(keys), cutoff=0.6)
+            hint = f"Did you mean {near}?" if near else f"It knows {', '.join(keys)}."
+            yield Problem(WHERE, f"the network module knows no argument {name!r}", hint)
+            continue
+        try:
+            _read(reader, value)
+        except BadValue as error:
+            yield Problem(WHERE, f"{name}: {error}")
+
+
+def read_arguments(kwargs: Mapping[str, Any], keys: Keys) -> dict[str, Any]:
+    """Return the values of all `keys`; None for those that are not given (or given as `None`).
+
+    Raises:
+        UserError: naming everything that is wrong.
+    """
+    raise_problems(problems_of(kwargs, keys))
+    return {name: _read(reader, kwargs.get(name)) for name, reader in keys.items()}
+
+
+def _read(reader: Reader, value: Any) -> Any:
+    if value is None or (isinstance(value, str) and value.strip().lower() in ("none", "")):
+        return None
+    return reader(value.strip() if isinstance(value, str) else value)
+
+
+def dropouts_of(values: Mapping[str, Any], neuron_dropout: float | None = None) -> Dropouts:
+    """Return the dropouts among arguments; `dropout` wins over what the trainer passes as `neuron_dropout`."""
+    neuron = values.get("dropout")
+    return Dropouts(
+        neuron=(neuron_dropout if neuron is None else neuron) or 0.0,
+        rank=values.get("rank_dropout") or 0.0,
+        module=values.get("module_dropout") or 0.0,
+    )
+
+
+def plus_of(values: Mapping[str, Any]) -> PlusRatios:
+    """Return the LoRA+ ratios among arguments."""
+    return PlusRatios(
+        every=values.get("loraplus_lr_ratio"),
+        unet=values.get("loraplus_unet_lr_ratio"),
+        text=values.get("loraplus_text_encoder_lr_ratio"),
+    )

@@ -1,0 +1,65 @@
+"""Train a network (LoRA and its relatives) on a Stable Diffusion 1.x or 2.x model, which itself stays as it is.
+
+    accelerate launch train_network.py --pretrained_model_name_or_path=model.safetensors --train_data_dir=photos \
+        --output_dir=trained --network_module=networks.lora --network_dim=16 --network_alpha=8 --learning_rate=1e-4
+
+See docs/train_network.md for a guide and docs/options.md for every option.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from library import cli
+from library.training.options_network import NetworkTrainingOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(NetworkTrainingOptions):
+    """Everything that train_network.py accepts."""
+
+
+def train(opts: Options) -> None:
+    """Data, then the network module, then the model: what is cheap to check fails before anything expensive starts."""
+    from library.data.dataset import open_data
+    from library.data.scan import ScanContext
+    from library.models.specs import stable_diffusion_spec
+    from library.models.tokenizer import tokenizers_for
+
+    spec = stable_diffusion_spec(opts.model)
+    data = open_data(
+        opts.data,
+        opts.subset,
+        opts.cache,
+        spec=spec,
+        kinds=("dreambooth", "finetuning", "controlnet") if opts.data.masked_loss else ("dreambooth", "finetuning"),
+        tokenizers=tokenizers_for(spec, opts.text),
+        context=ScanContext(opts.length.seed or 0, report_dir=opts.save.output_dir),
+    )
+    if opts.data.debug_dataset:
+        from library.training.run_length import report_data
+
+        report_data(data, opts)
+        return
+
+    from library.models.sd import StableDiffusion
+    from library.training.caching import fill_caches
+    from library.training.loop import fit
+    from library.training.methods.adapter import Adapter, NetworkPlan
+    from library.training.run import Run
+
+    plan = NetworkPlan.of(opts)
+    with Run(opts, data) as run:
+        family = StableDiffusion.load(opts.model, opts.text, opts.memory, spec=spec, weights=run.weight_plan(()))
+        plan.prepare(family)
+        fill_caches(run, family, data, frozen_text=not plan.adapts_text)
+        fit(run, family, Adapter(run, family, plan), data, opts)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script with `argv`, or with the command line."""
+    cli.main(Options, train, argv=argv)
+
+
+if __name__ == "__main__":
+    main()
