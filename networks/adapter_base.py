@@ -64,6 +64,7 @@ class Adapter(nn.Module):
     """Whether a parameter may get no gradient in a step."""
 
     layer: Any
+    alpha: Any
     inner: Any
     """The layer's forward method as it was; None while the adapter is not attached."""
 
@@ -81,6 +82,11 @@ class Adapter(nn.Module):
         # Held past nn.Module, which would take the model's layer for a part of the adapter.
         vars(self)["layer"] = target.layer
         self._hook(None)
+
+    @property
+    def uses_global_randomness(self) -> bool:
+        """Whether a step draws from torch's global generator."""
+        return self.dropouts.any
 
     @property
     def is_conv(self) -> bool:
@@ -217,7 +223,7 @@ class AdapterNetwork(nn.Module):
     @property
     def uses_global_randomness(self) -> bool:
         """Whether a step draws from torch's global generator."""
-        return any(adapter.dropouts.any for adapter in self.adapters)
+        return any(adapter.uses_global_randomness for adapter in self.adapters)
 
     # Attaching ------------------------------------------------------------------------------------------------------
 

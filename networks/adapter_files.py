@@ -103,9 +103,12 @@ def load_into(adapters: Mapping[str, Adapter], weights: NetworkWeights) -> str:
     if changed:
         before, now = changed[0]
         logger.warning(
-            "%s was trained with another alpha than is given: %d layers go on with the file's (alpha / rank is %g, not %g)",
-            weights.where, len(changed), now, before,
-        )  # fmt: skip
+            "%s: its alpha is not the one given; %d layers go on with the file's (alpha / rank is %g, not %g)",
+            weights.where,
+            len(changed),
+            now,
+            before,
+        )
     missing = len(adapters) - len(matched)
     return f"weights for {len(matched)} of {len(adapters)} layers" + (
         f"; {missing} keep their initial values" if missing else ""

@@ -1,31 +1,54 @@
 """LoHa for Stable Diffusion: the change of a weight is an elementwise product of two low-rank matrices.
 
-delta W = (alpha / rank) (w1_a w1_b) o (w2_a w2_b), as FedPara (Hyeon-Woo et al. 2021) and LyCORIS do it; a 3x3 convolution
-is a matrix [out, in * 9], or with `use_tucker` each half is a core [r, r, 3, 3] between two factors. Tensors are called
-as in LyCORIS' files.
+delta W = (alpha / rank) (w1_a w1_b) o (w2_a w2_b), as FedPara (Hyeon-Woo et al. 2021) and LyCORIS do it; a 3x3
+convolution is a matrix [out, in * 9], or with `use_tucker` each half is a core [r, r, 3, 3] between two factors.
+Tensors are called as in LyCORIS' files.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from networks.adapter_base import Dropouts
-from networks.hadamard import as_low_rank, half_product, hadamard_layer
-from networks.low_rank import adapted_linear
-from networks.lycoris_like import WeightAdapter, channel_product, layer_product, scale_rows
+from library.errors import Problem
+from networks.adapter_base import AdapterNetwork, Dropouts
+from networks.from_weights import alpha_in
+from networks.hadamard import as_low_rank, hadamard_layer, half_product
+from networks.low_rank import adapted_linear, layer_product, limit_product
+from networks.lycoris_like import (
+    PRODUCT_KEYS,
+    WeightAdapter,
+    build_network,
+    channel_product,
+    network_like,
+    product_problems,
+    scale_rows,
+)
+from networks.network_args import read_arguments
 from networks.targets import Target
 
+KEYS = PRODUCT_KEYS
+"""The `network_args` of this module."""
+
 _LOW_RANK_COST = 3
-"""Matrix products that a step takes with both low-rank factors, for the one that the gradient of a whole weight takes."""
+"""A step takes so many matrix products with both low-rank factors, or one for the gradient of a whole weight."""
 
 
 class LohaAdapter(WeightAdapter):
     """Adds the elementwise product of two low-rank matrices to the weight of a layer."""
 
     kind = "loha"
+    hada_w1_a: Any
+    hada_w1_b: Any
+    hada_t1: Any
+    hada_w2_a: Any
+    hada_w2_b: Any
+    hada_t2: Any
     plus_names = ("hada_w2_a",)
 
     def __init__(
@@ -80,9 +103,65 @@ class LohaAdapter(WeightAdapter):
     def limit_norm(self, max_norm: float) -> Tensor:
         """Limit the norm of the change by making both outer factors smaller; see `Adapter.limit_norm`."""
         first, second = self._halves()
-        return limit(self.scale * (half_product(first) * half_product(second)).norm(), max_norm, (first[0], second[0]))
+        return limit_product(
+            self.scale * (half_product(first) * half_product(second)).norm(), max_norm, (first[0], second[0])
+        )
 
     def is_idle(self) -> bool:
         """Whether the adapter changes nothing with its present values."""
         first, second = self._halves()
         return not (bool(first[0].any()) and bool(second[0].any()))
+
+
+def create_network(
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: Any,
+    text_encoder: Any,
+    unet: Any,
+    neuron_dropout: float | None = None,
+    **kwargs: Any,
+) -> AdapterNetwork:
+    """Make a LoHa network for a model; see the documentation of network training for the `network_args`.
+
+    Raises:
+        UserError: an argument is not known or has no sense.
+    """
+    values = read_arguments(kwargs, KEYS)
+    make = partial(LohaAdapter, tucker=bool(values["use_tucker"]))
+    size = network_dim, network_alpha
+    return build_network(make, values, size, (text_encoder, unet), multiplier, neuron_dropout)
+
+
+def create_network_from_weights(
+    multiplier: float,
+    file: str | Path | None,
+    vae: Any,
+    text_encoder: Any,
+    unet: Any,
+    weights_sd: Mapping[str, Tensor] | None = None,
+    for_inference: bool = False,  # noqa: FBT001, FBT002 - the protocol's signature
+    **kwargs: Any,
+) -> tuple[AdapterNetwork, dict[str, Tensor]]:
+    """Make a network with the layers, ranks and alphas of a file, and return it with the file's tensors.
+
+    Raises:
+        UserError: the file does not fit the model, or an argument is not known.
+    """
+
+    def make(target: Target, tensors: Mapping[str, Tensor], **common: Any) -> LohaAdapter | None:
+        if "hada_w1_b" not in tensors:
+            return None
+        rank, tucker = tensors["hada_w1_b"].shape[0], "hada_t1" in tensors
+        return LohaAdapter(target, rank=rank, alpha=alpha_in(tensors), tucker=tucker, **common)
+
+    values, source = read_arguments(kwargs, KEYS), (file, weights_sd)
+    return network_like(make, values, source, (text_encoder, unet), multiplier, for_inference=for_inference)
+
+
+def check_network_args(
+    network_dim: int | None, network_alpha: float | None, kwargs: Mapping[str, Any]
+) -> Iterator[Problem]:
+    """Yield what is wrong with the arguments of a network, before any model is loaded."""
+    return product_problems(kwargs, KEYS)

@@ -8,6 +8,7 @@ mixed precision needs included, become one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,20 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the type that a matrix product with `x` is computed in: autocast's where that is on."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def layer_product(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """Return the product of a layer's input with a weight that takes the place of the layer's, without its bias.
+
+    Args:
+        layer: linear layer or convolution, whose stride, padding and dilation count.
+        x: its input.
+        weight: [n, in] or [n, in, *kernel], of any type.
+    """
+    weight = weight.to(compute_dtype(x))
+    if weight.dim() == 2:
+        return F.linear(x, weight)
+    return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -36,7 +51,8 @@ class _AdaptedLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         low = F.linear(rows, down)
         y = F.linear(rows, weight, bias).addmm_(low, up.t(), alpha=scale)
-        ctx.save_for_backward(rows, low, weight, down, up)
+        # A frozen `down` (LoRA-FA) spares keeping the input.
+        ctx.save_for_backward(rows if ctx.needs_input_grad[3] else None, low, weight, down, up)
         return y.view(*ctx.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -70,3 +86,24 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor,
         scale: factor of the adapter.
     """
     return _AdaptedLinear.apply(x, weight, bias, down, up, scale)
+
+
+def limit_product(norm: Tensor, max_norm: float, factors: Sequence[Tensor]) -> Tensor:
+    """Scale the factors of a product down, as one, until its norm is at most `max_norm`.
+
+    As sd-scripts does: n = max(norm, max_norm / 2), ratio = min(n, max_norm) / n. Each side of the product takes the
+    square root of the ratio.
+
+    Args:
+        norm: of the product, 0-d.
+        max_norm: what is allowed.
+        factors: of both sides, changed in place; a side may consist of several tensors beside each other.
+
+    Returns:
+        [2] on the device: the norm afterwards, and 1 if it was changed.
+    """
+    norm = norm.clamp(min=max_norm / 2)
+    ratio = norm.clamp(max=max_norm) / norm
+    for factor in factors:
+        factor.mul_(ratio.sqrt().to(factor.dtype))
+    return torch.stack([norm * ratio, (ratio != 1).to(norm.dtype)])

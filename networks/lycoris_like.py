@@ -1,4 +1,4 @@
-"""What `networks.loha` and `networks.lokr` share: rows left out in training, and which layers get which rank and rate."""
+"""What `networks.loha` and `networks.lokr` share: rows left out in training; which layers get which rank and rate."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,17 +16,28 @@ from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from library.checkpoints.lora_file import AdapterWeights
 from library.checkpoints.lora_math import delta_weight
-from library.errors import Problem
+from library.errors import Problem, raise_problems
 from library.option_values import BadValue
-from networks.adapter_base import Adapter
+from networks.adapter_base import Adapter, AdapterNetwork, Dropouts
+from networks.from_weights import network_from_weights
 from networks.low_rank import compute_dtype
-from networks.network_args import CONV_KEYS, DROPOUT_KEYS, PLUS_KEYS, WHERE, Keys, flag, problems_of
-from networks.targets import Target
+from networks.network_args import (
+    CONV_KEYS,
+    DEFAULT_ALPHA,
+    DROPOUT_KEYS,
+    PLUS_KEYS,
+    WHERE,
+    Keys,
+    dropouts_of,
+    flag,
+    plus_of,
+    problems_of,
+    rank_and_alpha,
+    read_arguments,
+)
+from networks.targets import CONV_CLASSES, TRANSFORMER_CLASSES, Target, text_targets, unet_targets
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_RANK = 4
-DEFAULT_ALPHA = 1.0
 
 
 # The adapters -------------------------------------------------------------------------------------------------------
@@ -39,16 +51,15 @@ class WeightAdapter(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer with its adapter."""
-        if not self.dropping:
-            return self.adapted(x, None)
-        if self.dropouts.module and float(torch.rand(())) < self.dropouts.module:
-            return self.inner(x)
-        return self.adapted(x, self._kept_rows(x.device) if self.dropouts.rank else None)
+        return self.adapted(x, self._kept_rows(x.device) if self.dropping else None)
 
     def _kept_rows(self, device: torch.device) -> Tensor:
-        rate = self.dropouts.rank
-        kept = torch.rand(self.layer.weight.shape[0], device=device) > rate
-        return kept * (1 / (1 - rate) if rate < 1 else 0.0)
+        """Draw what each row of the change is multiplied by, [out]: 0, or what keeps the mean."""
+        drops = self.dropouts
+        kept = torch.rand(self.layer.weight.shape[0], device=device) >= drops.rank
+        # No branch on what is drawn for the whole adapter: it would wait for the device.
+        whole = torch.rand((), device=device) >= drops.module
+        return (kept & whole) * (1 / (1 - drops.rank) if drops.rank < 1 else 0.0)
 
     def adapted(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """Compute the layer with its adapter.
@@ -62,20 +73,6 @@ class WeightAdapter(Adapter):
     def delta(self) -> Tensor:
         """Return what the adapter adds to the layer's weight at strength 1: float32, of that weight's shape."""
         return delta_weight(AdapterWeights(self.name, self.kind, self.file_tensors()), tuple(self.layer.weight.shape))
-
-
-def layer_product(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """Return the product of a layer's input with a weight that takes the place of the layer's, without its bias.
-
-    Args:
-        layer: linear layer or convolution, whose stride, padding and dilation count.
-        x: its input.
-        weight: [n, in] or [n, in, *kernel], of any type.
-    """
-    weight = weight.to(compute_dtype(x))
-    if weight.dim() == 2:
-        return F.linear(x, weight)
-    return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)
 
 
 def channel_product(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -164,27 +161,28 @@ PRODUCT_KEYS: Keys = {
 """The keys that both modules know."""
 
 
+_DECIDED_BY_FILE = (
+    "conv_dim", "conv_alpha", "use_tucker", "factor", "exclude_patterns", "include_patterns", "network_reg_dims",
+)  # fmt: skip
+
+
 def product_problems(kwargs: Mapping[str, Any], keys: Keys) -> Iterator[Problem]:
     """Yield what is wrong with the arguments of a module of this kind."""
     found = list(problems_of(kwargs, keys))
     yield from found
     if found:
         return
-    if kwargs.get("include_patterns") and not kwargs.get("exclude_patterns"):
-        hint = "To train nothing but the included layers add exclude_patterns=['.*']."
-        yield Problem(WHERE, "include_patterns brings back layers that exclude_patterns took out, which is not given", hint)
-    if float(kwargs.get("dropout") or 0):
+    values = read_arguments(kwargs, keys)
+    if values["include_patterns"] and not values["exclude_patterns"]:
+        what = "include_patterns brings back layers that exclude_patterns takes out, and that is not given"
+        yield Problem(WHERE, what, "To train nothing but the included layers add exclude_patterns=['.*'].")
+    yield from _neuron_problems(values["dropout"])
+
+
+def _neuron_problems(dropout: float | None) -> Iterator[Problem]:
+    if dropout:
         hint = "Use rank_dropout or module_dropout in --network_args."
         yield Problem("--network_dropout", "this kind of network has no neurons that could be left out", hint)
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A layer that gets an adapter, with its rank and alpha."""
-
-    target: Target
-    rank: int
-    alpha: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +195,7 @@ class Rules:
     Attributes:
         rank: of linear layers and 1x1 convolutions.
         alpha: of those.
-        conv_rank: of larger convolutions; None or 0: they get no adapter.
+        conv_rank: of larger convolutions; 0: neither they nor anything else outside of the transformers is adapted.
         conv_alpha: of those.
         exclude: patterns of layers that get no adapter...
         include: ...unless one of these fits.
@@ -208,22 +206,24 @@ class Rules:
 
     rank: int
     alpha: float
-    conv_rank: int | None = None
-    conv_alpha: float = DEFAULT_ALPHA
-    exclude: Sequence[str] = ()
-    include: Sequence[str] = ()
-    ranks: Sequence[tuple[str, int]] = ()
-    rates: Sequence[tuple[str, float]] = ()
-    verbose: bool = False
+    conv_rank: int
+    conv_alpha: float
+    exclude: Sequence[str]
+    include: Sequence[str]
+    ranks: Sequence[tuple[str, int]]
+    rates: Sequence[tuple[str, float]]
+    verbose: bool
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], network_dim: int | None, network_alpha: float | None) -> Rules:
-        """Return the rules that arguments ask for."""
+    def of(cls, values: Mapping[str, Any], size: tuple[int | None, float | None]) -> Rules:
+        """Return the rules that arguments, network_dim and network_alpha ask for."""
+        rank, alpha = rank_and_alpha(*size)
+        conv_alpha = values["conv_alpha"]
         return cls(
-            network_dim or DEFAULT_RANK,
-            DEFAULT_ALPHA if network_alpha is None else network_alpha,
-            values["conv_dim"],
-            DEFAULT_ALPHA if values["conv_alpha"] is None else values["conv_alpha"],
+            rank,
+            alpha,
+            values["conv_dim"] or 0,
+            DEFAULT_ALPHA if conv_alpha is None else conv_alpha,
             values["exclude_patterns"] or (),
             values["include_patterns"] or (),
             values["network_reg_dims"] or (),
@@ -231,8 +231,8 @@ class Rules:
             bool(values["verbose"]),
         )
 
-    def choose(self, targets: Iterable[Target]) -> Iterator[Choice]:
-        """Yield the layers that get an adapter."""
+    def choose(self, targets: Iterable[Target]) -> Iterator[tuple[Target, int, float]]:
+        """Yield the layers that get an adapter, with its rank and alpha."""
         for target in targets:
             rank, alpha = (self.conv_rank, self.conv_alpha) if target.is_conv else (self.rank, self.alpha)
             excluded = _first([(pattern, 0) for pattern in self.exclude], target)
@@ -244,7 +244,7 @@ class Rules:
                 rank = own[1]
                 self._tell("%s: rank %d, by network_reg_dims", target, rank)
             if rank:
-                yield Choice(target, rank, alpha)
+                yield target, rank, alpha
 
     def set_rate(self, target: Target, adapter: Adapter) -> None:
         """Give an adapter the learning rate that a pattern says."""
@@ -263,3 +263,70 @@ def _first(rules: Sequence[tuple[str, Any]], target: Target) -> tuple[int, Any] 
         if re.fullmatch(pattern, target.path):
             return position, value
     return None
+
+
+# Networks -----------------------------------------------------------------------------------------------------------
+
+
+def build_network(
+    make: Callable[..., Adapter],
+    values: Mapping[str, Any],
+    size: tuple[int | None, float | None],
+    models: tuple[Any, Any],
+    multiplier: float,
+    neuron_dropout: float | None,
+) -> AdapterNetwork:
+    """Make adapters for the layers that the arguments choose.
+
+    Args:
+        make: called with a layer, and `rank`, `alpha` and `dropouts`.
+        values: arguments, read.
+        size: network_dim and network_alpha.
+        models: text encoder (a module, a list of several, or None) and U-Net (or None).
+        multiplier: strength.
+        neuron_dropout: as the trainer passes it.
+    """
+    rules, dropouts = Rules.of(values, size), dropouts_of(values, neuron_dropout)
+    raise_problems(_neuron_problems(dropouts.neuron))
+    classes = (*TRANSFORMER_CLASSES, *(CONV_CLASSES if rules.conv_rank else ()))
+    parts: list[list[Adapter]] = []
+    for targets in (text_targets(models[0]), [] if models[1] is None else unet_targets(models[1], classes)):
+        parts.append([])
+        for target, rank, alpha in rules.choose(targets):
+            parts[-1].append(make(target, rank=rank, alpha=alpha, dropouts=dropouts))
+            rules.set_rate(target, parts[-1][-1])
+    return AdapterNetwork(*parts, multiplier=multiplier, plus=plus_of(values))
+
+
+def network_like(
+    make: Callable[..., Adapter | None],
+    values: Mapping[str, Any],
+    source: tuple[str | Path | None, Mapping[str, Tensor] | None],
+    models: tuple[Any, Any],
+    multiplier: float,
+    *,
+    for_inference: bool = False,
+) -> tuple[AdapterNetwork, dict[str, Tensor]]:
+    """Make adapters for the layers in a file, in its forms, with the dropouts and rates of the arguments.
+
+    Args:
+        make: called with a layer, its tensors, and `dropouts`; returns None for tensors of another kind.
+        values: arguments, read.
+        source: the file, and its tensors if they were read before.
+        models: text encoder (a module, a list of several, or None) and U-Net (or None).
+        multiplier: strength.
+        for_inference: nothing is left out by chance.
+    """
+    useless = [name for name in _DECIDED_BY_FILE if values.get(name) is not None]
+    if useless and not for_inference:
+        logger.warning("%s: the file decides about %s; these have no effect", WHERE, ", ".join(useless))
+    rules, dropouts = Rules.of(values, (None, None)), Dropouts() if for_inference else dropouts_of(values)
+    raise_problems(_neuron_problems(dropouts.neuron))
+
+    def made(target: Target, tensors: Mapping[str, Tensor]) -> Adapter | None:
+        adapter = make(target, tensors, dropouts=dropouts)
+        if adapter is not None:
+            rules.set_rate(target, adapter)
+        return adapter
+
+    return network_from_weights(*source, models, made, multiplier=multiplier, plus=plus_of(values))

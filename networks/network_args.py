@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from library.errors import Problem, raise_problems
+from library.errors import Problem, UserError, raise_problems
 from library.option_values import BadValue, convert, nearest
 from networks.adapter_base import Dropouts
 from networks.param_groups import PlusRatios
 
 WHERE = "--network_args"
+DEFAULT_RANK, DEFAULT_ALPHA = 4, 1.0
 
 Reader = Callable[[Any], Any]
 """Turns what the user wrote into a value; raises `BadValue` with a text that continues the key's name."""
@@ -120,3 +121,16 @@ def plus_of(values: Mapping[str, Any]) -> PlusRatios:
         unet=values.get("loraplus_unet_lr_ratio"),
         text=values.get("loraplus_text_encoder_lr_ratio"),
     )
+
+
+def rank_and_alpha(network_dim: int | None, network_alpha: float | None) -> tuple[int, float]:
+    """Return the rank and the alpha of a network: without `network_dim` 4 and 1; an alpha of 0 or None is the rank.
+
+    Raises:
+        UserError: the rank is not positive.
+    """
+    if network_dim is None:
+        network_dim, network_alpha = DEFAULT_RANK, DEFAULT_ALPHA if network_alpha is None else network_alpha
+    if network_dim < 1:
+        raise UserError(f"must be at least 1, got {network_dim}", where="--network_dim")
+    return network_dim, float(network_alpha or network_dim)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from library.training.options_network import NetworkTrainingOptions
 
 _MODULE = "--network_module"
+UNET_ONLY_MODULES = ("networks.oft",)
+"""Modules that leave the text encoder alone, whatever is asked for."""
+
 _PACKAGES = {"lycoris": "lycoris_lora"}
 """Module -> the package on PyPI that brings it, where the names differ."""
 
@@ -28,9 +31,17 @@ def check_network(options: NetworkTrainingOptions) -> Iterator[Problem]:
     yield from _files(options)
     yield from _rates(options)
     yield from _start(options)
-    if options.network.trains_text_encoder and options.values().get("cache_text_encoder_outputs"):
+    if options.cache.cache_text_encoder_outputs and _text_changes(options):
         what = "cannot be combined with a text encoder that is trained"
         yield Problem("--cache_text_encoder_outputs", what, "Add --network_train_unet_only.")
+
+
+def _text_changes(options: NetworkTrainingOptions) -> bool:
+    """Whether the network acts on the text encoder; one that begins at nothing and has no rate does not."""
+    network = options.network
+    covered = network.trains_text_encoder and network.network_module not in UNET_ONLY_MODULES
+    rates = network.text_encoder_lr or (options.optimizer.learning_rate,)
+    return covered and (any(rates) or network.network_weights is not None)
 
 
 def warn_network(options: NetworkTrainingOptions) -> Iterator[Problem]:

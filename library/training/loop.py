@@ -158,9 +158,10 @@ class Loop:
         self.saver.after_update(position, epoch_ended=epoch_ended)
         self._note_state()
         ended = epoch_ended or position.step == self.training.length.total_steps
-        judged = self.validator.due(position.step, position.epoch + (not epoch_ended), epoch_ended=ended)
+        epoch = position.epoch + (not epoch_ended)
+        judged = self.validator.due(position.step, epoch, epoch_ended=ended)
         if judged:
-            self._validate(judged)
+            self._validate(judged, epoch)
 
     def _wishes(self) -> tuple[int, bool]:
         """Return the signal that any rank received (0: none), and whether any was asked to save a state."""
@@ -196,7 +197,7 @@ class Loop:
         self.training.tracker.add_pictures(self.run.ranks.gather(pictures))
         self.training.tracker.pause()
 
-    def _validate(self, judged: tuple[str, ...]) -> None:
+    def _validate(self, judged: tuple[str, ...], epoch: int) -> None:
         """Measure the validation loss and write it down for all that is judged by it: the update, the epoch."""
         fault_point("val.mid")
         training = self.training
@@ -206,8 +207,7 @@ class Loop:
         average = training.tracker.loss_average.average
         for what in judged:
             scalars = {f"loss/validation/{what}_average": loss, f"loss/validation/{what}_divergence": loss - average}
-            epoch = self.position.epoch if what == "epoch" else None
-            training.tracker.write(scalars, self.position.step, epoch=epoch)
+            training.tracker.write(scalars, self.position.step, epoch=epoch if what == "epoch" else None)
         training.tracker.pause()
         logger.info("update %d: validation loss %.5f", self.position.step, loss)
 

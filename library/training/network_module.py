@@ -89,6 +89,13 @@ def argument_problems(
                 yield Problem("--network_args", f"lycoris.kohya reads no {key!r}", hint)
 
 
+def float8_problems(name: str, arguments: Mapping[str, str]) -> Iterator[Problem]:
+    """Yield why a module cannot work on weights kept in 8 bits."""
+    if name == "lycoris.kohya" and arguments.get("bypass_mode", "").lower() not in ("true", "1"):
+        what = "LyCORIS calculates in the type of the base weights, which 8 bits are too few for"
+        yield Problem("--fp8_base", what, "Add bypass_mode=True to --network_args, or use a module of networks.")
+
+
 def require_network(network: Any, name: str) -> Any:
     """Return what a module created, after a look at its methods.
 

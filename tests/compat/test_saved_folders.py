@@ -49,17 +49,19 @@ def opened(saved):
 
     def make(libraries):
         if libraries not in made:
-            made[libraries] = run_child(saved, LIBRARIES[libraries])
+            made[libraries] = read_child(CHILD, saved, libraries=LIBRARIES[libraries])
         return made[libraries]
 
     return make
 
 
-def run_child(saved, libraries):
+def read_child(script, *arguments, libraries):
+    """Run a script with a set of libraries and return the JSON of its last line."""
     if libraries is not None and not libraries.is_dir():
         pytest.skip(f"the oldest supported libraries are not at {libraries} (SD_LOWSET names their folder)")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(libraries or "")}
-    command = [sys.executable, str(CHILD), json.dumps(saved)]
+    words = [item if isinstance(item, str) else json.dumps(item) for item in arguments]
+    command = [sys.executable, str(script), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -24,6 +24,7 @@ from library.training.network_files import (
 from library.training.network_metadata import network_metadata
 from library.training.network_module import (
     argument_problems,
+    float8_problems,
     import_network_module,
     optimizer_groups,
     require_network,
@@ -74,7 +75,10 @@ class NetworkPlan:
         name = network.network_module or ""
         module = import_network_module(name)
         dim = None if network.dim_from_weights else network.network_dim
-        raise_problems(argument_problems(name, module, dim, network.network_alpha, network.arguments))
+        problems = [*argument_problems(name, module, dim, network.network_alpha, network.arguments)]
+        if opts.precision.fp8_base or network.fp8_base_unet:
+            problems += float8_problems(name, network.arguments)
+        raise_problems(problems)
         covers = network.trains_text_encoder and not getattr(module, "UNET_ONLY", False)
         rates = network.text_encoder_lr or (opts.optimizer.learning_rate,)
         trains = covers and any(rate > 0 for rate in rates)

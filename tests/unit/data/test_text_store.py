@@ -84,8 +84,10 @@ def test_what_is_served_is_the_processed_caption(tmp_path):
     subset = {"caption_prefix": "a", "caption_suffix": "end", "secondary_separator": ";;"}
     rows = some_pictures(tmp_path, 3, caption="one;;two\nother line")
     data = training_data(rows, [bucketed(tmp_path, **subset)])
-    serves(batch_of(data, [0]), batch_of(data, [0]).captions) if Filled(data) else None
-    assert batch_of(data, [0]).captions == ("a one,two",)
+    Filled(data)
+    batch = batch_of(data, [0])
+    assert batch.captions == ("a one,two",)
+    serves(batch, ["a one,two"])
 
 
 @pytest.mark.parametrize("setting", [{"caption_dropout_rate": 1.0}, {"caption_dropout_every_n_epochs": 1}])

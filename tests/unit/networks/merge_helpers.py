@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,6 +12,7 @@ UNET_CONV = re.compile(r"(resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj
 TEXT_LAYER = re.compile(r"(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])$")
 
 
+@cache
 def layer_shapes(family="sd1", conv=False):
     """Name in LoRA files -> (part, module path, shape of the weight) of the tiny model."""
     from library.models.random_models import random_parts

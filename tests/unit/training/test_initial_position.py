@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
 
-import train_db
+import train_network
 from library import cli
 from library.contracts import Position
 from library.errors import UserError
 from library.training.beginning import named_position
-from library.training.options import FullTuneOptions, LengthOptions, TrainingOptions
+from library.training.options import LengthOptions
 from library.training.options_progress import StartOptions
 from library.training.run_length import resolve_length
 from tests.support import tensor_digest
@@ -53,20 +51,9 @@ def test_a_beginning_after_the_end_is_refused(options, name):
         named_position(StartOptions(**options), LENGTH)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options(TrainingOptions, script="train_db"):
-    """Those of train_db.py, with those of the beginning."""
-
-    tune: FullTuneOptions = field(default_factory=FullTuneOptions)
-    start: StartOptions = field(default_factory=StartOptions)
-
-    def start_options(self) -> StartOptions:
-        return self.start
-
-
 @pytest.fixture
 def run(tiny_sd1, photo_folders, tmp_path):
-    """Train six updates on seven visits an epoch (in batches of two: four updates); returns losses and rates by update."""
+    """Train six updates, four an epoch; returns losses and learning rates by update."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     def go(name, *words):
@@ -76,12 +63,19 @@ def run(tiny_sd1, photo_folders, tmp_path):
             f"--output_dir={tmp_path / 'out'}",
             f"--output_name={name}",
             f"--logging_dir={tmp_path / name}",
-            *"--resolution=64 --train_batch_size=2 --max_data_loader_n_workers=0 --seed=7 --max_train_steps=6".split(),
-            *"--learning_rate=1e-3 --lr_scheduler=linear --save_model_as=safetensors --save_every_n_steps=2".split(),
+            "--resolution=64",
+            "--train_batch_size=2",
+            "--max_data_loader_n_workers=0",
+            "--seed=7",
+            "--max_train_steps=6",
+            "--learning_rate=1e-3",
+            "--lr_scheduler=linear",
+            "--network_module=networks.lora",
+            "--network_train_unet_only",
             *words,
         ]
-        assert cli.run_script(Options, train_db.train, argv) == 0
-        (events,) = (tmp_path / name).glob("*/dreambooth/events*")
+        assert cli.run_script(train_network.Options, train_network.train, argv) == 0
+        (events,) = (tmp_path / name).glob("*/network_train/events*")
         read = EventAccumulator(str(events)).Reload()
         return [{event.step: event.value for event in read.Scalars(tag)} for tag in ("loss/current", "lr/unet")]
 
@@ -91,7 +85,8 @@ def run(tiny_sd1, photo_folders, tmp_path):
 def test_counting_begins_there_without_a_state(run, tmp_path):
     """Untrained weights: the loss of an update tells which data and noise it saw."""
     still, whole_rates = run("whole", "--learning_rate=1e-20")
-    skipping, rates = run("skipping", "--learning_rate=1e-20", "--initial_step=3", "--skip_until_initial_step")
+    there = ("--initial_step=3", "--skip_until_initial_step")
+    skipping, rates = run("skipping", "--learning_rate=1e-20", "--save_every_n_steps=2", *there)
     assert skipping == {step: still[step] for step in (4, 5, 6)}
     assert rates == {step: whole_rates[step] for step in (4, 5, 6)}
     assert {path.name for path in (tmp_path / "out").glob("skipping*")} == {
@@ -107,7 +102,7 @@ def test_counting_begins_there_without_a_state(run, tmp_path):
 
 
 def test_a_state_goes_on_where_the_user_says(run, tmp_path):
-    run("whole", "--save_state")
+    run("whole", "--save_state", "--save_every_n_steps=4")
     state = f"--resume={tmp_path / 'out' / 'whole-step00000004-state'}"
     exact, rates = run("exact", state)
     assert sorted(exact) == [5, 6]

@@ -115,6 +115,7 @@ def test_a_report_on_the_data_needs_no_network(base):
         ("--save_model_as=diffusers", "'diffusers' is not one of ckpt, pt, safetensors"),
         ("--max_train_steps=10 --initial_step=10", "--initial_step: 10 is not below --max_train_steps 10"),
         ("--max_train_epochs=2 --initial_epoch=3", "--initial_epoch: 3 is above --max_train_epochs 2"),
+        ("--cache_text_encoder_outputs", "cannot be combined with a text encoder that is trained"),
         ("--initial_epoch=0", "--initial_epoch: must be at least 1"),
         ("--validation_split=1.5", "--validation_split: must be between 0 and 1"),
         ("--in_json=absent.json", "--in_json: file 'absent.json' not found"),
@@ -126,6 +127,11 @@ def test_a_report_on_the_data_needs_no_network(base):
 def test_refused(problems, words, message):
     found = problems(*words.split())
     assert any(message in line for line in found), found
+
+
+@pytest.mark.parametrize("words", ["--network_train_unet_only", "--text_encoder_lr=0", "--network_module=networks.oft"])
+def test_texts_may_be_cached_where_they_do_not_change(options, words):
+    assert options(words, "--cache_text_encoder_outputs").cache.cache_text_encoder_outputs
 
 
 def test_more_multipliers_than_files(problems, lora):
