@@ -116,7 +116,7 @@ def main() -> None:
     if args.inside:
         inside(json.loads(args.inside))
         return
-    rows = []
+    rows: list = []
     with tempfile.TemporaryDirectory() as name:
         for dtype in ("float16", "float32"):
             source = Path(name) / f"{dtype}.safetensors"

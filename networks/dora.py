@@ -74,6 +74,7 @@ class DoraAdapter(LoraAdapter):
             changed = layer_product(self.layer, x * (stretch - 1), weight) + self.product(x * stretch, self.scale)
         return changed * (self.multiplier * self.kept(x))
 
+    @torch.no_grad()
     def merged(self, weight: Tensor, strength: float) -> Tensor:
         """Return W + strength * (W' - W), float32."""
         total = self._sum(weight)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import Problem, UserError, raise_problems
-from networks.adapter_base import AdapterNetwork
+from networks.adapter_network import AdapterNetwork
+from networks.chance import number_below
 from networks.lora import LoraAdapter, build_network, network_like
 from networks.low_rank import adapted_linear, layer_product, limit_product
 from networks.lycoris_like import channel_product
@@ -101,8 +102,7 @@ class DyloraAdapter(LoraAdapter):
         """Compute the layer with its adapter."""
         layer, strength, drawn = self.layer, self.multiplier * self.scale, None
         if self.training:
-            # From the generator of the CPU, which nobody has to wait for.
-            drawn = int(torch.randint(len(self.gains), ()))
+            drawn = number_below(len(self.gains))
             strength *= self.gains[drawn]
         down, up = self.lora_down.up_to(drawn), self.lora_up.up_to(drawn)
         if self.fused and self.bare and not self.dropping:

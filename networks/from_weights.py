@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from library.errors import UserError
-from networks.adapter_base import Adapter, AdapterNetwork
+from networks.adapter_base import Adapter
 from networks.adapter_files import match_modules, read_weights
+from networks.adapter_network import AdapterNetwork
 from networks.param_groups import PlusRatios
 from networks.targets import CONV_CLASSES, TRANSFORMER_CLASSES, Target, base_of, text_targets, unet_targets
 

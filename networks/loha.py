@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import Problem
-from networks.adapter_base import AdapterNetwork, Dropouts
+from networks.adapter_base import Dropouts
+from networks.adapter_network import AdapterNetwork
 from networks.from_weights import alpha_in
 from networks.hadamard import as_low_rank, hadamard_layer, half_product
 from networks.low_rank import adapted_linear, layer_product, limit_product

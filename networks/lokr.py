@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from library.errors import Problem
 from library.option_values import BadValue
-from networks.adapter_base import AdapterNetwork, Dropouts
+from networks.adapter_base import Dropouts
+from networks.adapter_network import AdapterNetwork
 from networks.from_weights import alpha_in
 from networks.hadamard import half_product
 from networks.low_rank import compute_dtype, layer_product, limit_product

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from library.errors import Problem
-from networks.adapter_base import Adapter, AdapterNetwork, Dropouts
+from networks.adapter_base import Adapter, Dropouts
+from networks.adapter_network import AdapterNetwork
 from networks.block_weights import BLOCK_KEYS, BLOCK_LISTS, block_plan, block_problems, layout_of
+from networks.chance import uniform
 from networks.from_weights import alpha_in, network_from_weights
 from networks.low_rank import adapted_linear, layer_product, limit_product
 from networks.network_args import (
@@ -106,18 +108,19 @@ class LoraAdapter(Adapter):
         if share:
             last = isinstance(self.layer, nn.Linear)
             shape = (low.shape[0], *(1,) * (low.dim() - 2), self.rank) if last else (*low.shape[:2], 1, 1)
-            low = low * ((torch.rand(shape, device=low.device) > share).to(low.dtype) / (1 - share))
+            low = low * ((uniform(shape, low.device) > share).to(low.dtype) / (1 - share))
         return low
 
     def kept(self, x: Tensor) -> float | Tensor:
         """Return 0 if this call leaves the whole adapter out, else 1; no branch, which would wait for the device."""
         share = self.dropouts.module
-        return (torch.rand((), device=x.device) >= share).to(x.dtype) if share and self.dropping else 1.0
+        return (uniform((), x.device) >= share).to(x.dtype) if share and self.dropping else 1.0
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return up [out, r] and down [r, in * kernel] as matrices, float32."""
         return self.lora_up.weight.float().flatten(1), self.lora_down.weight.float().flatten(1)
 
+    @torch.no_grad()
     def delta(self) -> Tensor:
         """Return scale * up @ down in the shape of the layer's weight."""
         up, down = self.factors()

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from library.errors import Problem
-from networks.adapter_base import Adapter, AdapterNetwork
+from networks.adapter_base import Adapter
+from networks.adapter_network import AdapterNetwork
 from networks.block_weights import BLOCK_KEYS
 from networks.lora import LoraAdapter, build_network, check_args, network_like
 from networks.network_args import CONV_KEYS, DROPOUT_KEYS, Keys, read_arguments

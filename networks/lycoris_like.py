@@ -18,7 +18,9 @@ from library.checkpoints.lora_file import AdapterWeights
 from library.checkpoints.lora_math import delta_weight
 from library.errors import Problem, raise_problems
 from library.option_values import BadValue
-from networks.adapter_base import Adapter, AdapterNetwork, Dropouts
+from networks.adapter_base import Adapter, Dropouts
+from networks.adapter_network import AdapterNetwork
+from networks.chance import uniform
 from networks.from_weights import network_from_weights
 from networks.low_rank import compute_dtype
 from networks.network_args import (
@@ -56,9 +58,9 @@ class WeightAdapter(Adapter):
     def _kept_rows(self, device: torch.device) -> Tensor:
         """Draw what each row of the change is multiplied by, [out]: 0, or what keeps the mean."""
         drops = self.dropouts
-        kept = torch.rand(self.layer.weight.shape[0], device=device) >= drops.rank
+        kept = uniform(self.layer.weight.shape[:1], device) >= drops.rank
         # No branch on what is drawn for the whole adapter: it would wait for the device.
-        whole = torch.rand((), device=device) >= drops.module
+        whole = uniform((), device) >= drops.module
         return (kept & whole) * (1 / (1 - drops.rank) if drops.rank < 1 else 0.0)
 
     def adapted(self, x: Tensor, rows: Tensor | None) -> Tensor:

@@ -40,8 +40,12 @@ def number(at_least: float | None = None, at_most: float | None = None) -> Reade
     return lambda value: _in_range(convert(value, float, None), at_least, at_most)
 
 
-share = number(0, 1)
-"""Reads a probability."""
+def share(value: Any) -> float:
+    """Read how much is left out: at least 0, less than 1."""
+    found = float(_in_range(convert(value, float, None), 0, None))
+    if found >= 1:
+        raise BadValue(f"must be less than 1, got {found:g}")
+    return found
 
 
 def choice(*words: str) -> Reader:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from library.errors import Problem, raise_problems
-from networks.adapter_base import Adapter, AdapterNetwork
+from networks.adapter_base import Adapter
+from networks.adapter_network import AdapterNetwork
 from networks.from_weights import alpha_in, network_from_weights
 from networks.low_rank import compute_dtype
 from networks.network_args import DEFAULT_RANK, WHERE, Keys, flag, problems_of, read_arguments, share

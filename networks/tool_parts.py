@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from library.checkpoints.metadata import modelspec_metadata
@@ -20,19 +19,15 @@ if TYPE_CHECKING:
 PRECISIONS = ("float", "fp16", "bf16")
 """Names of number formats on the command line."""
 
-_METADATA_OPTIONS = (
-    "title",
-    "author",
-    "description",
-    "license",
-    "tags",
-    "usage_hint",
-    "merged_from",
-    "trigger_phrase",
-    "preprocessor",
-    "is_negative_embedding",
-    "thumbnail",
-)
+
+class _NoDescription:
+    """Stands for the options that describe a model (`metadata_*`), none of which was given."""
+
+    def __init__(self, merged_from: str | None) -> None:
+        self.metadata_merged_from = merged_from
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def missing_options(**values: str | None) -> Iterator[Problem]:
@@ -101,6 +96,4 @@ def lora_modelspec(
         kind: ``lora``, or empty for a checkpoint.
         merged_from: names of the files that went into it.
     """
-    described = SimpleNamespace(**{f"metadata_{name}": None for name in _METADATA_OPTIONS})
-    described.metadata_merged_from = merged_from
-    return modelspec_metadata(spec, described, output_name=Path(save_to).stem, kind=kind)
+    return modelspec_metadata(spec, _NoDescription(merged_from), output_name=Path(save_to).stem, kind=kind)

@@ -1,8 +1,9 @@
-"""What several test packages share: running train_db.py in this process, and hashing what came out."""
+"""What several test packages share: running the training scripts in this process, and hashing what came out."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -10,8 +11,19 @@ def train_db(*argv: object) -> int:
     """Run train_db.py with a command line; returns the exit status."""
     import train_db as script
 
+    return _status(script.main, argv)
+
+
+def train_network(*argv: object) -> int:
+    """Run train_network.py with a command line; returns the exit status."""
+    import train_network as script
+
+    return _status(script.main, argv)
+
+
+def _status(main: Callable[[list[str]], None], argv: tuple[object, ...]) -> int:
     try:
-        script.main([str(item) for item in argv])
+        main([str(item) for item in argv])
     except SystemExit as error:
         return int(error.code or 0)
     return 0

@@ -82,7 +82,7 @@ def convert(options: ConvertOptions) -> Path:
     from library.checkpoints.lora_file import read_lora, write_lora
 
     file = read_lora(options.src, base=options.base)
-    if file.may_be_sdxl:
+    if file.may_be_sdxl and options.to == "kohya":
         hint = f"Add --base with one of {', '.join(BASES)}"
         raise UserError("neither names nor sizes tell which model it is for", hint, where=str(file.path))
     made = to_kohya(file) if options.to == "kohya" else to_diffusers(file, str(options.to))

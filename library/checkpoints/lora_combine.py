@@ -93,6 +93,7 @@ def combine(
         tensors[f"{name}.{_DOWN}"] = down.reshape(rank, *shape[1:]).cpu().contiguous()
         tensors[f"{name}.{_UP}"] = up.reshape(shape[0], rank, *(1 for _ in shape[2:])).cpu().contiguous()
         tensors[f"{name}.{_ALPHA}"] = down.new_tensor(float(rank)).cpu()
+    _log.info("merged %d modules of %d files", len(terms), len(ingredients))
     return tensors
 
 
@@ -110,7 +111,7 @@ def _check_kinds(ingredients: Sequence[Ingredient], concat: bool) -> None:
         where = str(ingredient.file.path)
         full = []
         for name, weights in ingredient.file.modules.items():
-            if lora_math.needs_base(weights):
+            if lora_math.needs_base(weights) or not lora_math.is_supported(weights):
                 what = f"{name} ({weights.kind}) depends on the weights of the model"
                 raise UserError(what, _MERGE_FIRST, where=where)
             if lora_math.bias_delta(weights) is not None or "w_norm" in weights.tensors:

@@ -109,9 +109,10 @@ def to_diffusers(file: LoraFile, style: str = "peft") -> Exported:
         tensors[f"{component}.{path}.{up_name}"] = _folded_up(weights)
         magnitude = weights.tensors.get("dora_scale")
         if magnitude is not None:
-            # PEFT keeps [out] for a matrix and [1, out, 1, 1] for a convolution.
+            # PEFT keeps [out] for a matrix and [1, out, 1, 1] for a convolution. It also takes the name without
+            # `.weight`, but transformers, which loads text encoders, does not.
             shape = (-1,) if weights.tensors[DOWN].dim() == 2 else (1, -1, 1, 1)
-            tensors[f"{component}.{path}.lora_magnitude_vector"] = magnitude.reshape(shape)
+            tensors[f"{component}.{path}.lora_magnitude_vector.weight"] = magnitude.reshape(shape)
             with_dora.add(component)
         # Newer versions of transformers have no `text_model` in memory, so settings name modules without it.
         ranks.setdefault(component, {})[path.removeprefix(TEXT_MODEL)] = weights.rank

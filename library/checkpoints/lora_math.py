@@ -107,6 +107,11 @@ def bias_delta(weights: AdapterWeights) -> Tensor | None:
     return None if found is None else found.float().reshape(-1)
 
 
+def is_supported(weights: AdapterWeights) -> bool:
+    """Whether this module knows the formula of an adapter."""
+    return any(name in weights.tensors for name in (*_BIAS_NAMES, *_NEEDS_BASE, "lora_up.weight", *_FORMULAS))
+
+
 def changes_weight(weights: AdapterWeights) -> bool:
     """Whether the adapter changes the weight; one that holds nothing but a bias does not."""
     return any(name not in (*_BIAS_NAMES, "alpha") for name in weights.tensors)

@@ -154,6 +154,9 @@ def _plan_module(
 ) -> bool:
     """Add the edits of one module to the plan; False if a tensor that it changes does not exist."""
     weights, strength = ingredient.file.modules[name], ingredient.strength(name)
+    if not lora_math.is_supported(weights):
+        what = f"{name} is an adapter of the kind {weights.kind}, which cannot be merged"
+        raise UserError(what, "Merge it with the program that made it", where=str(ingredient.file.path))
     bias = lora_math.bias_delta(weights)
     wanted = {".weight": lora_math.changes_weight(weights), ".bias": bias is not None}
     endings = [ending for ending, used in wanted.items() if used]

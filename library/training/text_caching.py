@@ -56,7 +56,7 @@ def cache_texts(run: Run, family: ModelFamily, data: TrainingData) -> bool:
     layout = TextLayout.of(encoder.arrays([encoder.tokens("")])[0])
     to_disk = cache.cache_text_encoder_outputs_to_disk
     plan, origin = run.broadcast(_look(run, family, rows, layout, rules, to_disk=to_disk) if run.is_main else None)
-    if False:
+    if not asked and plan.memory_bytes > AUTOMATIC_BYTES:
         logger.info(
             "the text encoder runs in every step: the outputs for %d captions need %s, more than the %s that are "
             "cached without being asked for",

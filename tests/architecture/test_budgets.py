@@ -130,7 +130,7 @@ RULES = {
         lambda callee, keywords, constants: (
             callee in GLOBAL_RANDOM or (callee in TORCH_RANDOM and "generator" not in keywords)
         ),
-        {"library/draws.py"},  # seeds them for modules that are not ours
+        {"library/draws.py", "networks/chance.py"},  # seeds them; dropouts inside networks
     ),
 }
 

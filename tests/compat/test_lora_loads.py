@@ -28,9 +28,7 @@ def adapted(parts):
     """(name in files, name in `weights_of`, weight) of every layer that gets a LoRA, convolutions too."""
     for part, state in (("unet", parts.unet), ("text_encoder", parts.text)):
         paths = [key.removesuffix(".weight") for key, tensor in state.items() if tensor.dim() > 1]
-        chosen = [
-            path for path in paths if any(word in path for word in ("attentions", "resnets", "layers", "samplers"))
-        ]
+        chosen = [path for path in paths if any(word in path for word in PLACES)]
         for name, path in module_names(chosen, part).items():
             yield name, f"{part}.{path.removeprefix(TEXT_MODEL)}", state[f"{path}.weight"]
 

@@ -51,6 +51,7 @@ class SmallRun:
     ranks: Ranks = Ranks()
     frozen_dtype: torch.dtype = torch.float32
     asked_to_stop: bool = False
+    entered: int = 0
     device: torch.device = torch.device("cpu")
 
     def __post_init__(self):
@@ -64,6 +65,7 @@ class SmallRun:
             raise StopTraining(what, 130)
 
     def autocast(self):
+        self.entered += 1
         return nullcontext() if self.frozen_dtype == torch.float32 else torch.autocast("cpu", dtype=self.frozen_dtype)
 
     def barrier(self):
@@ -154,6 +156,7 @@ def test_half_precision(bench):
     family = bench.family(dtype=torch.bfloat16)
     run = SmallRun(SimpleNamespace(text=PLAIN), frozen_dtype=torch.bfloat16)
     fill_caches(run, family, data, frozen_text=True)
+    assert run.entered == 4, "the empty caption for its shapes, then five in three batches"
     cached, plain = batches_of(data)[0], batches_of(bench.open())[0]
     assert cached.text_arrays["hidden_state1"].dtype == torch.float32
     with run.autocast():

@@ -97,8 +97,9 @@ def test_names_lead_back_to_paths_without_the_model(unets, version):
 
 def test_a_part_of_the_sdxl_unet_gets_the_names_of_the_whole(unets):
     whole = {path: name for name, path in lora_names.module_names(unets["sdxl"], "unet").items()}
-    for path in ("up_blocks.0.upsamplers.0.conv", "down_blocks.1.downsamplers.0.conv", "conv_in"):
-        assert lora_names.unet_file_paths([path], sdxl=True)[path].replace(".", "_") == whole[path][len("lora_unet_") :]
+    paths = ["up_blocks.0.upsamplers.0.conv", "down_blocks.1.downsamplers.0.conv", "down_blocks.0.resnets.0.conv1"]
+    in_file = lora_names.unet_file_paths(paths, sdxl=True)
+    assert {path: f"lora_unet_{in_file[path].replace('.', '_')}" for path in paths} == {p: whole[p] for p in paths}
 
 
 def test_our_text_encoder_and_a_flattened_one_have_equal_names():

@@ -125,6 +125,28 @@ def test_folder_in_another_precision_is_converted_as_a_whole(tmp_path, sd1_folde
     assert {tensor.dtype for part in after.values() for tensor in part.values()} == {torch.bfloat16}
 
 
+def test_folder_with_variants_and_shards(tmp_path, sd1_folder, sd1_layers):
+    import shutil
+
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(sd1_folder, base)
+    (base / "text_encoder" / "model.safetensors").rename(base / "text_encoder" / "model.fp16.safetensors")
+    whole = base / "unet" / "diffusion_pytorch_model.safetensors"
+    unet, index = load_file(whole), {}
+    whole.unlink()
+    for number in (0, 1):
+        shard = f"diffusion_pytorch_model-0000{number + 1}-of-00002.safetensors"
+        names = sorted(unet)[number::2]
+        save_file({name: unet[name] for name in names}, base / "unet" / shard)
+        index.update(dict.fromkeys(names, shard))
+    (base / "unet" / f"{whole.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    tensors = random_lora(tmp_path / "a.safetensors", sd1_layers)
+    assert merge_into(base, out, "--models", tmp_path / "a.safetensors") == 0
+    assert {path.name for path in (out / "unet").iterdir()} == {"config.json", whole.name}
+    assert {path.name for path in (out / "text_encoder").iterdir()} == {"config.json", "model.fp16.safetensors"}
+    assert_merged(model_weights(base, "sd1"), model_weights(out, "sd1"), changes_of(sd1_layers, (tensors, 1.0)))
+
+
 @pytest.mark.parametrize("kinds", [("ckpt", "ckpt"), ("safetensors", "ckpt"), ("ckpt", "safetensors")])
 def test_pickled_checkpoints_in_and_out(tmp_path, sd1_layers, kinds):
     from library.models.random_models import make_random_sd

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from merge_helpers import delta_of, header_of, run
 from safetensors.torch import load_file, save_file
 
 from networks import resize_lora
-from tests.unit.networks.merge_helpers import delta_of, header_of, run
 
 ROOT = Path(__file__).resolve().parents[3]
 LINEAR = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"

@@ -89,8 +89,9 @@ def test_magnitudes_of_dora_come_along(tmp_path):
     source = save(tmp_path / "k.safetensors", tensors)
     assert run(source, tmp_path / "p.safetensors", "--to", "peft") == 0
     made = load_file(tmp_path / "p.safetensors")
-    assert made["unet.mid_block.attentions.0.proj_in.lora_magnitude_vector"].shape == (1, 40, 1, 1)
-    assert made["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_magnitude_vector"].shape == (40,)
+    assert made["unet.mid_block.attentions.0.proj_in.lora_magnitude_vector.weight"].shape == (1, 40, 1, 1)
+    to_q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    assert made[f"{to_q}.lora_magnitude_vector.weight"].shape == (40,)
     assert json.loads(metadata_of(tmp_path / "p.safetensors")["lora_adapter_metadata"])["unet.use_dora"] is True
     assert run(tmp_path / "p.safetensors", tmp_path / "back.safetensors", "--to", "kohya") == 0
     back = load_file(tmp_path / "back.safetensors")

@@ -74,6 +74,21 @@ def test_a_usual_command_has_nothing_to_complain_about(warnings):
     assert warnings("--network_dim=16", "--network_alpha=8", "--network_args", "conv_dim=4", "conv_alpha=1") == []
 
 
+def test_command_lines_that_people_have_run_unchanged(options):
+    pytest.importorskip("bitsandbytes")
+    command = """
+        --network_dim=32 --network_alpha=16 --text_encoder_lr=5e-5 --unet_lr=0.0001 --lr_scheduler=cosine_with_restarts
+        --lr_scheduler_num_cycles=1 --lr_warmup_steps=80 --train_batch_size=2 --max_train_steps=800
+        --save_every_n_epochs=1 --save_precision=fp16 --seed=1234 --mixed_precision=bf16 --caption_extension=.txt
+        --cache_latents --optimizer_type=AdamW8bit --max_data_loader_n_workers=1 --enable_bucket --min_bucket_reso=256
+        --max_bucket_reso=1024 --bucket_reso_steps=64 --bucket_no_upscale --clip_skip=2 --xformers
+        --gradient_checkpointing --prior_loss_weight=1.0 --no_half_vae --keep_tokens=1 --shuffle_caption
+    """
+    read = options(*command.split())
+    assert (read.network.network_dim, read.network.text_rate, read.save.save_model_as) == (32, 5e-5, "safetensors")
+    assert not read.warnings
+
+
 def test_a_module_is_required_and_the_known_ones_are_listed(problems, base):
     (found,) = problems(start=base[:-1])
     assert found.startswith("--network_module: is required")

@@ -1,0 +1,185 @@
+"""What a LoRA step costs beyond forward and backward of the bare, frozen U-Net.
+
+train_network.py runs as a person runs it (networks.lora, rank 16, latents cached); the denominator is one forward and
+backward pass of the same U-Net without adapters, towards its input, and nothing else: no loss weights, no optimizer. `--size
+full` is SD 1.5 in float32 with 256x256 pictures; `--size tiny` keeps all layers, with few channels, at 64 pixels: the
+time that one CPU thread needs to issue a step.
+
+After each update the adapters leave the model for one bare pass, so that whatever else the machine does meets both
+alike. Medians of CPU seconds of the whole process with one thread of torch.
+
+    python benchmarks/network_overhead.py
+    python benchmarks/network_overhead.py --size full
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.report import report  # noqa: E402
+from benchmarks.step_overhead import WARM_UP, WHOLE, Times, clocked, new_update, watch  # noqa: E402
+
+SIZES = {"tiny": ("thin", 64, 60), "full": ("full", 256, 6)}
+LIMITS = {("tiny", "U-Net"): 1.4, ("tiny", "with text encoder"): 1.9}
+LIMITS |= {("full", "U-Net"): 1.03, ("full", "with text encoder"): 1.08}
+ELSEWHERE = {("tiny", "U-Net"): 2.3, ("tiny", "with text encoder"): 3.2, ("full", "U-Net"): 1.49}
+"""Ratios of other trainers: sd-scripts for the tiny model, diffusers' example for the full one."""
+FORWARD, BACKWARD, TEXT, STEP, NORM, NOISE = "U-Net", "backward", "text encoder", "optimizer", "norm", "noise"
+PARTS = (TEXT, FORWARD, BACKWARD, STEP, NORM, NOISE, "curves", "between updates")
+
+
+class BarePass:
+    """Forward and backward of the U-Net alone, towards its input."""
+
+    def __init__(self, training: Any, pixels: int) -> None:
+        import torch
+
+        self.network, self.unet = training.method.network, training.family.unet
+        self.latents = torch.randn(1, 4, pixels // 8, pixels // 8).requires_grad_()
+        self.hidden = torch.randn(1, 77, self.unet.config.cross_attention_dim)
+        self.timestep = torch.tensor([500])
+        self.gradient = torch.randn(1, 4, pixels // 8, pixels // 8)
+
+    def run(self, times: Times) -> None:
+        """Make one pass without adapters."""
+        self.network.set_enabled(False)
+        new_update(times, PARTS)
+        with clocked(times, WHOLE):
+            with clocked(times, FORWARD):
+                out = self.unet(self.latents, self.timestep, encoder_hidden_states=self.hidden, return_dict=False)[0]
+            with clocked(times, BACKWARD):
+                out.backward(self.gradient)
+        self.latents.grad = None
+        self.network.set_enabled(True)
+
+
+def watch_training(ours: Times, bare: Times, pixels: int) -> None:
+    """Measure the parts of the toolkit's updates, each followed by a bare pass, and leave out the last save."""
+    from library.models.sd import StableDiffusion
+    from library.training import stepping
+    from library.training.loop import Loop
+    from library.training.objective import DDPMObjective
+    from library.training.saving import Saver
+    from library.training.stepper import Stepper
+
+    watch(StableDiffusion, "condition", ours, TEXT)
+    watch(StableDiffusion, "denoise", ours, FORWARD)
+    watch(DDPMObjective, "noise", ours, NOISE)
+    watch(Stepper, "backward", ours, BACKWARD)
+    watch(stepping, "gradient_norm", ours, NORM)
+    watch(Stepper, "step", ours, STEP, less=(NORM,))
+    watch(Loop, "_track", ours, "curves")
+    watch(Loop, "_between_updates", ours, "between updates")
+    update, between = Loop._update, Loop._between_updates
+    passes: list[BarePass] = []
+
+    def whole(self: Loop, batches: Any) -> None:
+        new_update(ours, PARTS)
+        with clocked(ours, WHOLE):
+            update(self, batches)
+
+    def then_bare(self: Loop) -> None:
+        with clocked(ours, WHOLE):
+            between(self)
+        if not passes:
+            passes.append(BarePass(self.training, pixels))
+        passes[0].run(bare)
+
+    Loop._update, Loop._between_updates = whole, then_bare  # type: ignore[method-assign]
+    Saver.finish = lambda self, position: None  # type: ignore[method-assign]
+
+
+def train(model: Path, pixels: int, updates: int, rank: int, *, text: bool) -> None:
+    """Run train_network.py on latents cached in memory."""
+    import train_network
+
+    dataset = model.parent / "data.toml"
+    dataset.write_text(
+        f"[[datasets]]\nresolution = {pixels}\nbatch_size = 1\n[[datasets.subsets]]\n"
+        f"image_dir = '{ROOT / 'examples/photos/duck'}'\nclass_tokens = 'sks duck'\nnum_repeats = 100\n"
+    )
+    options = {
+        "pretrained_model_name_or_path": model,
+        "dataset_config": dataset,
+        "output_dir": model.parent / "out",
+        "logging_dir": model.parent / "logs",
+        "network_module": "networks.lora",
+        "network_dim": rank,
+        "max_train_steps": updates,
+        "max_data_loader_n_workers": 0,
+        "learning_rate": 1e-4,
+        "seed": 1,
+    }
+    flags = ["--cache_latents"] if text else ["--cache_latents", "--network_train_unet_only"]
+    try:
+        train_network.main([*(f"--{name}={value}" for name, value in options.items()), *flags])
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+def measure(size: str, updates: int | None, rank: int, *, text: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """Return median seconds of each part of a bare pass and of an update of train_network.py."""
+    import torch
+
+    from library.models.random_models import make_random_sd
+
+    torch.set_num_threads(1)
+    kind, pixels, usual = SIZES[size]
+    bare: Times = defaultdict(list)
+    ours: Times = defaultdict(list)
+    watch_training(ours, bare, pixels)
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_random_sd(Path(folder) / "model.safetensors", family="sd1", size=kind)
+        train(model, pixels, updates or usual, rank, text=text)
+    found = [{part: median(seconds[WARM_UP:]) for part, seconds in times.items()} for times in (bare, ours)]
+    return found[0], found[1]
+
+
+def compare(size: str, updates: int | None, rank: int, *, text: bool) -> list[dict[str, Any]]:
+    bare, ours = measure(size, updates, rank, text=text)
+    what = "with text encoder" if text else "U-Net"
+    ours["everything else"] = ours[WHOLE] - sum(ours.get(part, 0.0) for part in PARTS)
+    rows = []
+    for part in (*PARTS, "everything else", WHOLE):
+        mine, plain = ours.get(part, 0.0), bare.get(part, 0.0)
+        rows.append(
+            {
+                "adapters": what,
+                "part": part,
+                "bare U-Net, ms": 1000 * plain,
+                "train_network.py, ms": 1000 * mine,
+                "more, %": 100 * (mine - plain) / bare[WHOLE],
+                "ratio": "",
+                "limit": "",
+                "others": "",
+            }
+        )
+    key = (size, what)
+    rows[-1] |= {"ratio": ours[WHOLE] / bare[WHOLE], "limit": LIMITS[key], "others": ELSEWHERE.get(key, "")}
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=tuple(SIZES), default="tiny")
+    parser.add_argument("--updates", type=int, default=None)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--text", action="store_true", help="adapters on the text encoder too, which then runs")
+    parser.add_argument("--output")
+    args = parser.parse_args()
+    name = f"network_overhead_{args.size}{'_text' if args.text else ''}"
+    report(name, compare(args.size, args.updates, args.rank, text=args.text), args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Networks learn: after a short training on four photographs the saved file brings the loss on them down.
+
+The loss is measured here from the file alone, with a formula of its own, at fixed timesteps and with fixed noise: a
+network that was not trained, was frozen, or was saved without its values leaves it where it was.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import PHOTOS
+from tests.support import train_network
+
+TIMESTEPS = (420, 500, 580)
+FOUR = ("duck/00", "bear/01", "robot/02", "car/03")
+
+LEARNERS = {
+    "lora, U-Net": ("networks.lora", "--network_train_unet_only", 0.6),
+    "lora, U-Net and text encoder": ("networks.lora", "", 0.6),
+    "lora, text encoder": ("networks.lora", "--network_train_text_encoder_only --learning_rate=5e-2", 0.9),
+    "lora, convolutions": ("networks.lora", "--network_args conv_dim=4", 0.6),
+    "lora_fa": ("networks.lora_fa", "", 0.6),
+    "dylora": ("networks.dylora", "--network_args unit=4", 0.6),
+    "oft": ("networks.oft", "--network_alpha=1 --network_args enable_all_linear=True", 0.6),
+    "loha": ("networks.loha", "", 0.6),
+    "lokr": ("networks.lokr", "", 0.6),
+    "dora": ("networks.lora", "--network_args dora_wd=True", 0.6),
+    "lycoris locon": ("lycoris.kohya", "--network_args algo=locon conv_dim=4", 0.6),
+}
+"""Name -> network module, options, and the share of the loss that may be left."""
+
+
+@pytest.fixture(scope="module")
+def four_photos(tmp_path_factory) -> Path:
+    """Four photographs of 64x64 pixels with captions."""
+    folder = tmp_path_factory.mktemp("photos") / "1_things"
+    folder.mkdir()
+    for name in FOUR:
+        target = folder / f"{name.replace('/', '_')}.png"
+        with Image.open(PHOTOS / f"{name}.jpg") as photo:
+            photo.convert("RGB").resize((64, 64)).save(target)
+        shutil.copy(PHOTOS / f"{name}.caption", target.with_suffix(".caption"))
+    return folder.parent
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The micro-batches that reached the training step, in order."""
+    from library.training.step import TrainStep
+
+    seen = []
+    forward = TrainStep.forward
+
+    def spy(self, batch):
+        seen.append(batch)
+        return forward(self, batch)
+
+    monkeypatch.setattr(TrainStep, "forward", spy)
+    return seen
+
+
+def train(model: Path, photos: Path, out: Path, module: str, *argv: str) -> Path:
+    options = {
+        "pretrained_model_name_or_path": model,
+        "train_data_dir": photos,
+        "output_dir": out,
+        "output_name": "things",
+        "resolution": 64,
+        "train_batch_size": 4,
+        "min_timestep": 400,
+        "max_timestep": 600,
+        "network_module": module,
+        "network_dim": 8,
+        "network_alpha": 8,
+        "learning_rate": 1e-2,
+        "max_train_steps": 30,
+        "max_data_loader_n_workers": 0,
+        "seed": 5,
+    }
+    assert train_network(*(f"--{name}={value}" for name, value in options.items()), "--cache_latents", *argv) == 0
+    return out / "things.safetensors"
+
+
+@torch.no_grad()
+def loss_with(model: Path, batch, network: Path | None, module: str) -> float:
+    """Mean squared error of the noise that the model with the network predicts for the pictures of a batch."""
+    from library.models.family import WeightPlan
+    from library.models.options import MemoryOptions, ModelOptions, TextOptions
+    from library.models.sd import StableDiffusion
+    from library.models.specs import stable_diffusion_family
+
+    options = ModelOptions(pretrained_model_name_or_path=str(model))
+    spec = stable_diffusion_family("sd1")
+    family = StableDiffusion.load(options, TextOptions(), MemoryOptions(), spec=spec, weights=WeightPlan())
+    if network is not None:
+        maker = importlib.import_module(module).create_network_from_weights
+        made, _ = maker(1.0, str(network), None, family.text_encoder, family.unet)
+        made.apply_to(family.text_encoder, family.unet, True, True)
+        made.load_weights(str(network))
+        made.eval()
+    hidden = family.encode_text(batch.token_ids)
+    latents = batch.latents * 0.18215
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    signal = torch.cumprod(1 - betas, 0)
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for t in TIMESTEPS:
+        noise = torch.randn(latents.shape, generator=generator)
+        noisy = float(signal[t] ** 0.5) * latents + float((1 - signal[t]) ** 0.5) * noise
+        predicted = family.denoise(noisy, torch.full((len(latents),), t), hidden)
+        losses.append(float((predicted - noise).square().mean()))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_the_saved_network_brings_the_loss_down(tiny_sd1, four_photos, tmp_path, batches, name):
+    module, argv, share = LEARNERS[name]
+    if module.startswith("lycoris"):
+        pytest.importorskip("lycoris")
+    saved = train(tiny_sd1, four_photos, tmp_path, module, *argv.split())
+    assert batches[0].size == 4
+    bare = loss_with(tiny_sd1, batches[0], None, module)
+    trained = loss_with(tiny_sd1, batches[0], saved, module)
+    assert trained < share * bare, f"{bare:.3f} -> {trained:.3f}"
+
+
+def test_without_a_learning_rate_to_speak_of_nothing_is_learnt(tiny_sd1, four_photos, tmp_path, batches):
+    """The measure itself: it does not fall by saving and loading a network that has not moved."""
+    saved = train(tiny_sd1, four_photos, tmp_path, "networks.lora", "--learning_rate=1e-9")
+    bare = loss_with(tiny_sd1, batches[0], None, "networks.lora")
+    assert loss_with(tiny_sd1, batches[0], saved, "networks.lora") == pytest.approx(bare, rel=1e-3)
