@@ -56,7 +56,7 @@ def make_file(path: Path, dtype: str) -> None:
 def run(source: Path, target: Path, extra: list[str], threads: int, repeats: int) -> dict[str, tuple[float, float]]:
     """Return the best (CPU seconds, wall seconds) of the whole command and of the work inside."""
     options = ["--model", str(source), "--save_to", str(target), "--new_rank", str(NEW), *extra]
-    environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    environment: dict = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     whole, inner = [], []
     for _ in range(repeats):
         start = time.perf_counter()

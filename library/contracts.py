@@ -208,7 +208,7 @@ class Noised:
 
 @dataclass(frozen=True, slots=True)
 class ParamGroup:
-    """Parameters that share a learning rate; `name` is what `lr/<name>` is logged as; `settings` go to the optimizer."""
+    """Parameters that share a rate; `name` is what `lr/<name>` is logged as; `settings` go to the optimizer."""
 
     name: str
     params: tuple[Any, ...]

@@ -36,7 +36,7 @@ from networks.targets import Target
 KEYS = PRODUCT_KEYS
 """The `network_args` of this module."""
 
-_LOW_RANK_COST = 3
+_LOW_RANK_COST = 2
 """A step takes so many matrix products with both low-rank factors, or one for the gradient of a whole weight."""
 
 

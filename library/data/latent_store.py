@@ -15,15 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from library.data import caches
-from library.data.cache_files import (
-    IN_MEMORY,
-    READ_ONLY_FOLDER,
-    BrokenCache,
-    CacheFolders,
-    look_at_all,
-    setting_aside,
-)
+from library.data import cache_files, caches
+from library.data.cache_files import IN_MEMORY, READ_ONLY_FOLDER, BrokenCache, look_at_all, setting_aside
 from library.data.cache_names import LEGACY as OLD_NAME
 from library.data.cache_names import CacheRules, LatentNeed, cache_path
 from library.data.caches import CachedLatents
@@ -282,7 +275,7 @@ def _look(
     needs: Callable[[int], LatentNeed], rows: Sequence[int], rules: CacheRules, vae: str, *, to_disk: bool
 ) -> list[_Finding]:
     """Check the files of all rows with a few threads; each folder is listed once."""
-    folders = CacheFolders()
+    folders = cache_files.CacheFolders()
 
     def look(row: int) -> _Finding:
         need = needs(row)
@@ -313,7 +306,7 @@ def _place_of(suffix: str, rules: CacheRules) -> int:
 
 def _settle(findings: Iterable[_Finding]) -> None:
     """Move entries to memory that cannot be written: read-only folders, and two resizings of one file and bucket."""
-    folders = CacheFolders()
+    folders = cache_files.CacheFolders()
     taken: set[tuple[str, str]] = set()
     for finding in findings:
         name = (finding.path, finding.variant)

@@ -16,18 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from library.data.cache_files import (
-    META,
-    OTHER_FAMILY,
-    UNREADABLE,
-    BrokenCache,
-    fits,
-    meta_array,
-    opened,
-    read_array,
-    read_meta,
-    write_cache,
-)
+from library.data import cache_files
+from library.data.cache_files import META, BrokenCache, fits, opened, read_meta
 
 CAPTION_CHANGED = "caption changed"
 OTHER_ENCODER = "other text encoder"
@@ -94,7 +84,7 @@ def check_texts(path: str, layout: TextLayout, origin: Mapping[str, Any]) -> Ver
     try:
         with opened(path) as file:
             if not all(fits(file, name, shape, _kinds(dtype)) for name, dtype, shape in layout.arrays):
-                return Verdict(OTHER_LENGTH if layout.arrays[0][0] in file else UNREADABLE)
+                return Verdict(OTHER_LENGTH if layout.arrays[0][0] in file else cache_files.UNREADABLE)
             stored = read_meta(file, _PART)
     except BrokenCache as error:
         return Verdict(error.reason)
@@ -106,7 +96,7 @@ def _kinds(dtype: str) -> str:
 
 
 def _difference(stored: Mapping[str, Any], origin: Mapping[str, Any]) -> str | None:
-    reasons = {"family": OTHER_FAMILY, "caption": CAPTION_CHANGED, "text_encoder": OTHER_ENCODER}
+    reasons = {"family": cache_files.OTHER_FAMILY, "caption": CAPTION_CHANGED, "text_encoder": OTHER_ENCODER}
     for name in (*reasons, *origin):
         if stored.get(name) != origin.get(name):
             return reasons.get(name, OTHER_SETTINGS)
@@ -131,7 +121,7 @@ def read_texts(path: str, layout: TextLayout, caption: str | None) -> dict[str, 
         stored = read_meta(file, _PART) if caption is not None else {}
         if stored and stored.get("caption") != caption:
             raise BrokenCache(CAPTION_CHANGED)
-        return {name: read_array(file, name, shape, dtype) for name, dtype, shape in layout.arrays}
+        return {name: cache_files.read_array(file, name, shape, dtype) for name, dtype, shape in layout.arrays}
 
 
 def write_texts(path: str, arrays: Arrays, origin: Mapping[str, Any]) -> None:
@@ -145,4 +135,4 @@ def write_texts(path: str, arrays: Arrays, origin: Mapping[str, Any]) -> None:
     Raises:
         CannotSave: it could not be written.
     """
-    write_cache(path, {**arrays, META: meta_array(_PART, origin)})
+    cache_files.write_cache(path, {**arrays, META: cache_files.meta_array(_PART, origin)})

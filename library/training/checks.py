@@ -203,7 +203,7 @@ def _optimizer(options: TrainingOptions) -> Iterator[Problem]:
 
 def _fused_backward(options: TrainingOptions, world_size: int) -> Iterator[Problem]:
     from library.training.deepspeed_plugin import uses_engine
-    from library.training.optimizers import check_fused_backward
+    from library.training.fused_checks import check_fused_backward
 
     yield from check_fused_backward(
         options.optimizer,

@@ -5,7 +5,7 @@ is still one optimizer with one state; a step is the same to the last bit as one
 
 Two things differ from an ordinary step, because nothing is known of the gradients still to come: `--max_grad_norm`
 limits the norm of each tensor's gradient by itself, and gradients that are not finite end the run, since half a step
-cannot be taken back. `check_fused_backward` in `optimizers.py` says when all this cannot be done.
+cannot be taken back. `check_fused_backward` in `fused_checks.py` says when all this cannot be done.
 """
 
 from __future__ import annotations

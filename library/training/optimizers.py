@@ -16,12 +16,11 @@ if TYPE_CHECKING:
 
     from library.contracts import ParamGroup
     from library.training.flat_parameters import FlatParameters
-    from library.training.options import LengthOptions, OptimizerOptions, PrecisionOptions, ScheduleOptions
+    from library.training.options import OptimizerOptions, ScheduleOptions
 
 logger = logging.getLogger(__name__)
 
 _ARGS = "--optimizer_args"
-_FUSED = "--fused_backward_pass"
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,43 +226,6 @@ def check_optimizer(optimizer: OptimizerOptions, schedule: ScheduleOptions) -> I
                 "reports the learning rate that Adafactor chooses, but relative_step=False keeps it from choosing",
                 "Use --lr_scheduler constant_with_warmup, or drop relative_step=False.",
             )
-
-
-def check_fused_backward(
-    optimizer: OptimizerOptions,
-    length: LengthOptions,
-    precision: PrecisionOptions,
-    *,
-    world_size: int = 1,
-    sharded: bool = False,
-) -> Iterator[Problem]:
-    """Yield why weights cannot be updated during the backward pass with these options.
-
-    Args:
-        optimizer: Must step one parameter like all.
-        length: Without accumulation, as the gradient of a single batch would be stepped.
-        precision: Without float16's loss scale, which is judged over all gradients.
-        world_size: Processes; they would have to exchange each gradient first.
-        sharded: Whether an engine (DeepSpeed, FSDP) owns gradients and optimizer.
-    """
-    if not optimizer.fused_backward_pass:
-        return
-    if length.gradient_accumulation_steps > 1:
-        what = "cannot be combined with --gradient_accumulation_steps above 1: gradients cannot be accumulated"
-        yield Problem(_FUSED, f"{what}, since each is used up at once", "Use a larger batch.")
-    if precision.mixed_precision == "fp16":
-        what = "cannot be used with float16, whose loss scaling needs all gradients"
-        yield Problem(_FUSED, what, "Use --mixed_precision bf16.")
-    if sharded:
-        yield Problem(_FUSED, "the engine that shares the optimizer between GPUs needs the gradients")
-    elif world_size > 1:
-        what = f"cannot be used with {world_size} processes: it works in one process, and {world_size} run"
-        yield Problem(_FUSED, what, "Start one process.")
-    name = optimizer_name(optimizer)
-    row = find_row(name)
-    if not row.steps_one_parameter and not row.refusal:
-        what = f"cannot be used with {name}: {name} needs all gradients at once"
-        yield Problem(_FUSED, what, "Use AdamW, AdamW8bit, Lion, SGD or Adafactor, among others.")
 
 
 def build_optimizer(optimizer: OptimizerOptions, groups: Sequence[ParamGroup], *, flat: bool = False) -> BuiltOptimizer:

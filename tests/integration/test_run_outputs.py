@@ -13,8 +13,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from library.training.options_output import SAMPLERS
 from library.checkpoints.parameter_order import in_reference_order
+from library.training.options_output import SAMPLERS
 from tests.support import tensor_digest, train_db
 
 FINAL = "duck.safetensors"

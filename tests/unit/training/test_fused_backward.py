@@ -9,8 +9,9 @@ from torch import nn
 from library.contracts import ParamGroup
 from library.errors import StopTraining
 from library.training.fused_backward import FusedBackward, round_at_random
+from library.training.fused_checks import check_fused_backward
 from library.training.optimizer_state import load_optimizer_state
-from library.training.optimizers import OPTIMIZERS, build_optimizer, check_fused_backward
+from library.training.optimizers import OPTIMIZERS, build_optimizer
 from library.training.options import LengthOptions, OptimizerOptions, PrecisionOptions
 
 STEPPING = [row.names[0] for row in OPTIMIZERS if row.steps_one_parameter]

@@ -158,7 +158,8 @@ def test_a_missing_package_is_refused_with_an_alternative(monkeypatch, options, 
 def test_checks_import_nothing_heavy():
     code = (
         "import sys\n"
-        "from library.training.optimizers import check_fused_backward, check_optimizer\n"
+        "from library.training.fused_checks import check_fused_backward\n"
+        "from library.training.optimizers import check_optimizer\n"
         "from library.training.lr_schedules import check_lr_schedule\n"
         "from library.training.options import *\n"
         "o = OptimizerOptions(optimizer_type='AdamW8bit', optimizer_args=('weight_decay=0.1',))\n"

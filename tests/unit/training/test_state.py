@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
+from library.checkpoints.parameter_order import in_reference_order, sort_as_reference
 from library.contracts import Position, RunLength
 from library.errors import StopTraining, UserError
 from library.faults import VARIABLE
 from library.files import CannotSave
-from library.checkpoints.parameter_order import in_reference_order, sort_as_reference
 from library.training.state import (
     Identity,
     Ranks,
