@@ -17,8 +17,13 @@ class QuickstartOptions(OptionGroup, title="quickstart"):
     model: str | None = opt(None, path=True, help="Stable Diffusion 1.x or 2.x: file, Diffusers folder or hub id.")
     images: str | None = opt(None, path=True, help="Folder with your pictures.")
     prompt: str | None = opt(None, help="What they show, with a rare word for it, such as: sks dog")
+    method: str = opt(
+        "lora",
+        choices=("lora", "dreambooth"),
+        help="lora: a small file beside the model, for cards of 8 to 12 GB. dreambooth: a whole model.",
+    )
     output: str = opt("quickstart_output", path=True, help="Folder for everything that is made.")
-    steps: int | None = opt(None, at_least=1, help="Optimizer updates. Default: 400, or 24 for the tiny model.")
+    steps: int | None = opt(None, at_least=1, help="Optimizer updates. Default: 1000 (dreambooth: 400), or 24 for the tiny model.")
     resolution: int | None = opt(
         None, at_least=64, help="Training resolution. Default: 512, or 128 for the tiny model."
     )

@@ -13,30 +13,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from library.errors import Problem
+from networks import network_args
 from networks.adapter_base import Adapter, Dropouts
 from networks.adapter_network import AdapterNetwork
 from networks.block_weights import BLOCK_KEYS, BLOCK_LISTS, block_plan, block_problems, layout_of
 from networks.chance import uniform
 from networks.from_weights import alpha_in, network_from_weights
 from networks.low_rank import adapted_linear, layer_product, limit_product
-from networks.network_args import (
-    CONV_KEYS,
-    DROPOUT_KEYS,
-    PLUS_KEYS,
-    WHERE,
-    Keys,
-    dropouts_of,
-    flag,
-    plus_of,
-    problems_of,
-    rank_and_alpha,
-    read_arguments,
-)
+from networks.network_args import Keys, read_arguments
 from networks.targets import CONV_CLASSES, TRANSFORMER_CLASSES, Target, base_of, text_targets, unet_targets
 
 logger = logging.getLogger(__name__)
 
-KEYS: Keys = {**CONV_KEYS, **DROPOUT_KEYS, **BLOCK_KEYS, **PLUS_KEYS, "dora_wd": flag, "wd_on_output": flag}
+KEYS: Keys = {
+    **network_args.CONV_KEYS,
+    **network_args.DROPOUT_KEYS,
+    **BLOCK_KEYS,
+    **network_args.PLUS_KEYS,
+    "dora_wd": network_args.flag,
+    "wd_on_output": network_args.flag,
+}
 """The `network_args` of this module."""
 
 Make = Callable[..., Adapter]
@@ -204,7 +200,7 @@ def check_network_args(
 
 def check_args(keys: Keys, kwargs: Mapping[str, Any], base: str | None) -> Iterator[Problem]:
     """Yield what is wrong with arguments that `keys` describe, block lists included."""
-    found = list(problems_of(kwargs, keys))
+    found = list(network_args.problems_of(kwargs, keys))
     yield from found
     readable = {name: value for name, value in kwargs.items() if name in keys}
     if not found:
@@ -240,8 +236,8 @@ def build_network(
         multiplier: strength.
         neuron_dropout: as the trainer passes it.
     """
-    rank, alpha = rank_and_alpha(*size)
-    dropouts = dropouts_of(values, neuron_dropout)
+    rank, alpha = network_args.rank_and_alpha(*size)
+    dropouts = network_args.dropouts_of(values, neuron_dropout)
     text = [make(target, rank=rank, alpha=alpha, dropouts=dropouts) for target in text_targets(models[0])]
     layers = [] if models[1] is None else unet_targets(models[1])
     layout = layout_of(base_of(layers))
@@ -254,7 +250,7 @@ def build_network(
         if own_rank:
             unet.append(make(target, rank=own_rank, alpha=own_alpha, dropouts=dropouts))
             plan.set_rate(unet[-1])
-    return AdapterNetwork(text, unet, multiplier=multiplier, plus=plus_of(values))
+    return AdapterNetwork(text, unet, multiplier=multiplier, plus=network_args.plus_of(values))
 
 
 def network_like(
@@ -278,8 +274,8 @@ def network_like(
     """
     useless = [name for name in ("conv_dim", "conv_alpha", *BLOCK_LISTS, "dora_wd") if values.get(name) is not None]
     if useless and not for_inference:
-        logger.warning("%s: the file decides about %s; these have no effect", WHERE, ", ".join(useless))
-    dropouts = Dropouts() if for_inference else dropouts_of(values)
+        logger.warning("%s: the file decides about %s; these have no effect", network_args.WHERE, ", ".join(useless))
+    dropouts = Dropouts() if for_inference else network_args.dropouts_of(values)
 
     def made(target: Target, tensors: Mapping[str, Tensor]) -> Adapter | None:
         if "lora_down.weight" not in tensors or "lora_mid.weight" in tensors:
@@ -287,7 +283,9 @@ def network_like(
         rank = tensors["lora_down.weight"].shape[0]
         return make(target, tensors, rank=rank, alpha=alpha_in(tensors), dropouts=dropouts)
 
-    network, tensors = network_from_weights(*source, models, made, multiplier=multiplier, plus=plus_of(values))
+    network, tensors = network_from_weights(
+        *source, models, made, multiplier=multiplier, plus=network_args.plus_of(values)
+    )
     plan = block_plan({**values, **dict.fromkeys(BLOCK_LISTS)}, 1, 1.0, layout_of(base_of(network.unet_adapters)))
     for adapter in network.unet_adapters:
         plan.set_rate(adapter)

@@ -18,7 +18,7 @@ UNET, TEXT, TEXT_1, TEXT_2 = "unet", "text_encoder", "text_encoder_1", "text_enc
 PREFIXES: Mapping[str, str] = {UNET: "lora_unet", TEXT: "lora_te", TEXT_1: "lora_te1", TEXT_2: "lora_te2"}
 
 # SDXL has two resnets a block and attention in the two deepest levels; names of a part of the model need not show it.
-_SDXL_MEMORY = ("up_blocks.0.attentions.0.-", "up_blocks.1.attentions.0.-")
+_SDXL_MEMORY = ("down_blocks.0.resnets.1.-", "up_blocks.0.attentions.0.-", "up_blocks.1.attentions.0.-")
 _SDXL_FILE = ("input_blocks.3.0.op.-",)
 _SGM_STARTS = ("input_blocks.", "middle_block.", "output_blocks.", "label_emb.", "time_embed.", "out.")
 _TEXT_STARTS = ("encoder.layers.", "embeddings.", "final_layer_norm")

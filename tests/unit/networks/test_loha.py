@@ -218,7 +218,7 @@ def test_patterns_choose_layers_ranks_and_rates():
         ({"factor": "4"}, ["no argument 'factor'"]),
         ({"use_tuker": "1"}, ["Did you mean use_tucker"]),
         ({"dropout": "0.1"}, ["--network_dropout", "rank_dropout"]),
-        ({"rank_dropout": "2"}, ["rank_dropout", "at most 1"]),
+        ({"rank_dropout": "2"}, ["rank_dropout", "less than 1"]),
     ],
 )
 def test_bad_arguments(arguments, words):
