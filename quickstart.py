@@ -2,6 +2,8 @@
 
 python quickstart.py                                                      a tiny random model, pictures from examples/
 python quickstart.py --model M --images DIR --prompt "sks dog"            your model and your pictures
+
+Both train a LoRA; with `--method dreambooth` the whole model.
 """
 
 from __future__ import annotations

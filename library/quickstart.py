@@ -1,4 +1,4 @@
-"""What quickstart.py does: prepare a data set configuration and prompts, launch train_db.py, show what came out."""
+"""What quickstart.py does: prepare a data set configuration and prompts, launch a training, show what came out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,12 +21,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
+NAME = "quickstart"
 _SUBJECTS = {"duck": "sks duck", "bear": "sks bear", "car": "sks car", "robot": "sks robot"}
+_SCRIPTS = {"lora": "train_network.py", "dreambooth": "train_db.py"}
+_STEPS = {"lora": 1000, "dreambooth": 400}
+_ROOMY = 12 * 1024**3
+"""GPU memory from which activations of a LoRA training are kept, in place of being computed again."""
+
+# The U-Net alone: the subject is learnt there, captions are then encoded once, and the text encoder leaves the GPU.
+_LORA = ("--network_module=networks.lora", "--network_dim=16", "--network_alpha=8", "--network_train_unet_only")
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One training: the model, the data set configuration, the prompts and the options of train_db.py."""
+    """One training: the model, the data set configuration, the prompts and the options of the script."""
 
     model: str
     dataset: str
@@ -42,14 +50,14 @@ def run(options: QuickstartOptions) -> None:
     """
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
-    plan = _own(options, output) if options.model else _tiny(options, output)
+    plan = _own(options) if options.model else _tiny(options, output)
     write_text(output / "dataset.toml", plan.dataset)
     write_text(output / "prompts.txt", plan.prompts)
-    command = _command(plan, output)
+    command = _command(options.method, plan, output)
     logger.info("starting: %s", shlex.join(command))
     if subprocess.run(command, check=False, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"}).returncode != 0:
         raise UserError("the training ended with the error above", where="quickstart")
-    _tell(options, output)
+    sys.stdout.write("\n".join([*_told(options, output), ""]))
 
 
 def _tiny(options: QuickstartOptions, output: Path) -> Plan:
@@ -65,6 +73,7 @@ def _tiny(options: QuickstartOptions, output: Path) -> Plan:
         dataset=_dataset(folders, size=size, batch_size=2, repeats=1),
         prompts=_prompts(_SUBJECTS.values(), size=size, steps=8),
         options=(
+            *(_LORA if options.method == "lora" else ()),
             f"--max_train_steps={steps}",
             "--learning_rate=1e-4",
             "--max_data_loader_n_workers=2",
@@ -73,9 +82,9 @@ def _tiny(options: QuickstartOptions, output: Path) -> Plan:
     )
 
 
-def _own(options: QuickstartOptions, output: Path) -> Plan:
+def _own(options: QuickstartOptions) -> Plan:
     """The user's model and pictures, with settings for a consumer GPU."""
-    prompt, size, steps = options.prompt or "", options.resolution or 512, options.steps or 400
+    prompt, size, steps = options.prompt or "", options.resolution or 512, options.steps or _STEPS[options.method]
     pictures = Path(options.images or "").resolve()
     return Plan(
         model=str(options.model),
@@ -83,13 +92,20 @@ def _own(options: QuickstartOptions, output: Path) -> Plan:
         prompts=_prompts([f"a photo of {prompt}", f"a painting of {prompt}"], size=size, steps=25),
         options=(
             *_family_flags(str(options.model)),
-            *_hardware(),
+            *_hardware(options.method),
+            *_method(options.method, steps),
             f"--max_train_steps={steps}",
-            "--learning_rate=2e-6",
-            "--gradient_checkpointing",
-            f"--sample_every_n_steps={min(100, steps)}",
         ),
     )
+
+
+def _method(method: str, steps: int) -> list[str]:
+    """Return what the methods do differently; of a LoRA, which is small, several are kept to choose from."""
+    if method == "dreambooth":
+        return ["--learning_rate=2e-6", "--gradient_checkpointing", f"--sample_every_n_steps={min(100, steps)}"]
+    every = max(1, steps // 5)
+    rest = [f"--save_every_n_steps={every}", f"--sample_every_n_steps={every}"]
+    return [*_LORA, "--learning_rate=1e-4", "--save_precision=fp16", *rest]
 
 
 def _family_flags(model: str) -> list[str]:
@@ -103,14 +119,18 @@ def _family_flags(model: str) -> list[str]:
     return [*flags, "--v_parameterization"] if info.prediction_type == "v_prediction" else flags
 
 
-def _hardware() -> list[str]:
+def _hardware(method: str) -> list[str]:
     """Return the options that save memory where the device has what they need."""
     import torch
 
     if not torch.cuda.is_available():
         return []
-    precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return [f"--mixed_precision={precision}", "--use_8bit_adam"]
+    flags = [f"--mixed_precision={'bf16' if torch.cuda.is_bf16_supported() else 'fp16'}"]
+    if method == "dreambooth":
+        flags.append("--use_8bit_adam")
+    elif torch.cuda.get_device_properties(0).total_memory < _ROOMY:
+        flags.append("--gradient_checkpointing")
+    return flags
 
 
 def _dataset(folders: Sequence[tuple[Path, str]], *, size: int, batch_size: int, repeats: int) -> str:
@@ -138,16 +158,17 @@ def _prompts(texts: Iterable[str], *, size: int, steps: int) -> str:
     return "\n".join([*lines, ""])
 
 
-def _command(plan: Plan, output: Path) -> list[str]:
+def _command(method: str, plan: Plan, output: Path) -> list[str]:
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes=1", "--num_machines=1"]
-    launcher += ["--mixed_precision=no", "--dynamo_backend=no", "--num_cpu_threads_per_process=2"]
+    threads = os.environ.get("OMP_NUM_THREADS", "2")
+    launcher += ["--mixed_precision=no", "--dynamo_backend=no", f"--num_cpu_threads_per_process={threads}"]
     return [
         *launcher,
-        str(ROOT / "train_db.py"),
+        str(ROOT / _SCRIPTS[method]),
         f"--pretrained_model_name_or_path={plan.model}",
         f"--dataset_config={output / 'dataset.toml'}",
         f"--output_dir={output}",
-        "--output_name=quickstart",
+        f"--output_name={NAME}",
         "--cache_latents",
         "--seed=42",
         f"--logging_dir={output / 'logs'}",
@@ -158,18 +179,45 @@ def _command(plan: Plan, output: Path) -> list[str]:
     ]
 
 
-def _tell(options: QuickstartOptions, output: Path) -> None:
-    """Print what was made, where, and how to do the same with one's own model."""
-    made = sorted(
-        path for path in output.glob("quickstart*") if path.suffix in (".safetensors", ".ckpt") or path.is_dir()
-    )
-    pictures = sorted((output / "sample").glob("*.png"))
-    lines = ["", "Done. What was made:"]
-    lines += [f"  trained model     {path}" for path in made]
-    lines += [f"  sample pictures   {len(pictures)} in {output / 'sample'}"]
-    lines += [f"  curves            tensorboard --logdir {output / 'logs'}"]
-    lines += [f"  settings          {output / 'dataset.toml'}, {output / 'prompts.txt'}"]
+def _told(options: QuickstartOptions, output: Path) -> Iterator[str]:
+    """Yield what was made, where, and how to use it."""
+    what = "LoRA" if options.method == "lora" else "trained model"
+    made = sorted(path for path in output.glob(f"{NAME}*") if path.suffix in (".safetensors", ".ckpt") or path.is_dir())
+    finals = [path for path in made if path.stem == NAME]
+    yield from ("", "Done. What was made:")
+    for path in finals:
+        yield f"  {what:17} {path}"
+    if len(made) > len(finals):
+        count = len(made) - len(finals)
+        yield f"  earlier ones      {count} beside it; take one if the last shows too much of the training pictures"
+    yield f"  sample pictures   {len(list((output / 'sample').glob('*.png')))} in {output / 'sample'}"
+    yield f"  curves            tensorboard --logdir {output / 'logs'}"
+    yield f"  settings          {output / 'dataset.toml'}, {output / 'prompts.txt'}"
     if not options.model:
-        lines += ["", "The same with your own Stable Diffusion model and pictures:"]
-        lines += ['  python quickstart.py --model model.safetensors --images my_photos --prompt "sks dog"']
-    sys.stdout.write("\n".join([*lines, ""]))
+        yield from (
+            "",
+            "The model was random, so the pictures are noise. With a Stable Diffusion model and your pictures:",
+        )
+        chosen = "" if options.method == "lora" else f" --method {options.method}"
+        yield f'  python quickstart.py --model model.safetensors --images my_photos --prompt "sks dog"{chosen}'
+    if finals:
+        yield from _usage(options, finals[0])
+
+
+def _usage(options: QuickstartOptions, made: Path) -> Iterator[str]:
+    """Yield how other programs take the result."""
+    is_lora = options.method == "lora"
+    model = options.model or "model.safetensors"
+    base = model if is_lora else str(made)
+    load = "from_single_file" if Path(base).suffix in (".safetensors", ".ckpt") else "from_pretrained"
+    yield from ("", "How to use it" + ("" if options.model else ", once it was made for a real model") + ":")
+    yield f'  diffusers         pipe = StableDiffusionPipeline.{load}("{Path(base).as_posix()}").to("cuda")'
+    if is_lora:
+        yield f'                    pipe.load_lora_weights("{made.parent.as_posix()}", weight_name="{made.name}")'
+    yield f'                    pipe("a photo of {options.prompt or "sks duck"}").images[0].save("picture.png")'
+    if is_lora:
+        yield "  ComfyUI           copy it to models/loras, and add the node Load LoRA"
+        yield f"  A1111 web UI      copy it to models/Lora, and write <lora:{made.stem}:1> into the prompt"
+    else:
+        yield "  ComfyUI           copy it to models/checkpoints"
+        yield "  A1111 web UI      copy it to models/Stable-diffusion"

@@ -23,7 +23,9 @@ class QuickstartOptions(OptionGroup, title="quickstart"):
         help="lora: a small file beside the model, for cards of 8 to 12 GB. dreambooth: a whole model.",
     )
     output: str = opt("quickstart_output", path=True, help="Folder for everything that is made.")
-    steps: int | None = opt(None, at_least=1, help="Optimizer updates. Default: 1000 (dreambooth: 400), or 24 for the tiny model.")
+    steps: int | None = opt(
+        None, at_least=1, help="Optimizer updates. Default: 1000 (dreambooth: 400), or 24 for the tiny model."
+    )
     resolution: int | None = opt(
         None, at_least=64, help="Training resolution. Default: 512, or 128 for the tiny model."
     )

@@ -60,6 +60,11 @@ def as_low_rank(first: Half, second: Half) -> tuple[Tensor, Tensor]:
     return down, up
 
 
+def scale_rows(weight: Tensor, rows: Tensor | None) -> Tensor:
+    """Return a weight with each of its rows, [out, ...], multiplied by one of `rows`, [out]."""
+    return weight if rows is None else weight * rows.reshape(-1, *(1 for _ in weight.shape[1:]))
+
+
 class _HadamardLayer(torch.autograd.Function):
     """With g = scale * dL/dW': the gradient of each half is g times the other half."""
 

@@ -19,17 +19,9 @@ from library.errors import Problem
 from networks.adapter_base import Dropouts
 from networks.adapter_network import AdapterNetwork
 from networks.from_weights import alpha_in
-from networks.hadamard import as_low_rank, hadamard_layer, half_product
-from networks.low_rank import adapted_linear, layer_product, limit_product
-from networks.lycoris_like import (
-    PRODUCT_KEYS,
-    WeightAdapter,
-    build_network,
-    channel_product,
-    network_like,
-    product_problems,
-    scale_rows,
-)
+from networks.hadamard import as_low_rank, hadamard_layer, half_product, scale_rows
+from networks.low_rank import adapted_linear, channel_product, layer_product, limit_product
+from networks.lycoris_like import PRODUCT_KEYS, WeightAdapter, build_network, network_like, product_problems
 from networks.network_args import read_arguments
 from networks.targets import Target
 

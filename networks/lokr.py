@@ -22,15 +22,8 @@ from networks.adapter_base import Dropouts
 from networks.adapter_network import AdapterNetwork
 from networks.from_weights import alpha_in
 from networks.hadamard import half_product
-from networks.low_rank import compute_dtype, layer_product, limit_product
-from networks.lycoris_like import (
-    PRODUCT_KEYS,
-    WeightAdapter,
-    build_network,
-    channel_product,
-    network_like,
-    product_problems,
-)
+from networks.low_rank import channel_product, compute_dtype, layer_product, limit_product
+from networks.lycoris_like import PRODUCT_KEYS, WeightAdapter, build_network, network_like, product_problems
 from networks.network_args import Keys, read_arguments, whole
 from networks.targets import Target
 

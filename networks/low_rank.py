@@ -36,6 +36,18 @@ def layer_product(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)
 
 
+def channel_product(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """Return the product of a matrix [n, m] with the channels of `x`.
+
+    Args:
+        layer: linear layer, for which `x` is [..., m], or convolution: [B, m, h, w].
+        x: some values on their way through the layer.
+        weight: [n, m], of any type.
+    """
+    weight = weight.to(compute_dtype(x))
+    return F.linear(x, weight) if layer.weight.dim() == 2 else F.conv2d(x, weight[..., None, None])
+
+
 class _AdaptedLinear(torch.autograd.Function):
     """Backward, with g = scale * dy up: dx = dy W + g down, d_up = scale * dy^T (x down^T), d_down = g^T x."""
 
@@ -43,9 +55,10 @@ class _AdaptedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
     ) -> Tensor:
-        ctx.scale, ctx.shape, ctx.dtypes = scale, x.shape, (x.dtype, down.dtype, up.dtype)
         dtype = compute_dtype(x)
-        if not weight.dtype == down.dtype == up.dtype == x.dtype == dtype:
+        ctx.scale, ctx.dtypes = scale, None
+        if not x.dtype == weight.dtype == down.dtype == up.dtype == dtype:
+            ctx.dtypes = x.dtype, down.dtype, up.dtype
             x, weight, down, up = x.to(dtype), weight.to(dtype), down.to(dtype), up.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         rows = x.reshape(-1, x.shape[-1])
@@ -53,21 +66,21 @@ class _AdaptedLinear(torch.autograd.Function):
         y = F.linear(rows, weight, bias).addmm_(low, up.t(), alpha=scale)
         # A frozen `down` (LoRA-FA) spares keeping the input.
         ctx.save_for_backward(rows if ctx.needs_input_grad[3] else None, low, weight, down, up)
-        return y.view(*ctx.shape[:-1], y.shape[-1])
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         rows, low, weight, down, up = ctx.saved_tensors
-        of_x, of_down, of_up = ctx.dtypes
+        scale, dtypes = ctx.scale, ctx.dtypes
         dy = grad.reshape(-1, grad.shape[-1])
-        low_grad = (dy @ up).mul_(ctx.scale)
-        dx = d_down = d_up = None
-        if ctx.needs_input_grad[0]:
-            dx = (dy @ weight).addmm_(low_grad, down).view(ctx.shape).to(of_x)
-        if ctx.needs_input_grad[3]:
-            d_down = (low_grad.t() @ rows).to(of_down)
-        if ctx.needs_input_grad[4]:
-            d_up = (dy.t() @ low).mul_(ctx.scale).to(of_up)
+        # With beta=0 the first argument only lends its shape: a product and its factor in one call.
+        low_grad = torch.addmm(low, dy, up, beta=0, alpha=scale)
+        dx = torch.mm(dy, weight).addmm_(low_grad, down).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        d_down = torch.mm(low_grad.t(), rows) if rows is not None else None
+        d_up = torch.addmm(up, dy.t(), low, beta=0, alpha=scale) if ctx.needs_input_grad[4] else None
+        if dtypes is not None:
+            found = zip((dx, d_down, d_up), dtypes, strict=True)
+            dx, d_down, d_up = (None if tensor is None else tensor.to(dtype) for tensor, dtype in found)
         return dx, None, None, d_down, d_up, None
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from library.checkpoints.lora_file import AdapterWeights
 from library.checkpoints.lora_math import delta_weight
@@ -22,7 +21,6 @@ from networks.adapter_base import Adapter, Dropouts
 from networks.adapter_network import AdapterNetwork
 from networks.chance import uniform
 from networks.from_weights import network_from_weights
-from networks.low_rank import compute_dtype
 from networks.network_args import (
     CONV_KEYS,
     DEFAULT_ALPHA,
@@ -75,23 +73,6 @@ class WeightAdapter(Adapter):
     def delta(self) -> Tensor:
         """Return what the adapter adds to the layer's weight at strength 1: float32, of that weight's shape."""
         return delta_weight(AdapterWeights(self.name, self.kind, self.file_tensors()), tuple(self.layer.weight.shape))
-
-
-def channel_product(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """Return the product of a matrix [n, m] with the channels of `x`.
-
-    Args:
-        layer: linear layer, for which `x` is [..., m], or convolution: [B, m, h, w].
-        x: some values on their way through the layer.
-        weight: [n, m], of any type.
-    """
-    weight = weight.to(compute_dtype(x))
-    return F.linear(x, weight) if layer.weight.dim() == 2 else F.conv2d(x, weight[..., None, None])
-
-
-def scale_rows(weight: Tensor, rows: Tensor | None) -> Tensor:
-    """Return a weight with each of its rows, [out, ...], multiplied by one of `rows`, [out]."""
-    return weight if rows is None else weight * rows.reshape(-1, *(1 for _ in weight.shape[1:]))
 
 
 # Arguments ----------------------------------------------------------------------------------------------------------
@@ -248,6 +229,13 @@ class Rules:
             if rank:
                 yield target, rank, alpha
 
+    def warn_of_idle_patterns(self, targets: Sequence[Target]) -> None:
+        """Log every pattern that fits no layer at all: it has no effect, which nobody wrote it for."""
+        pairs = (*self.ranks, *self.rates)
+        for pattern in dict.fromkeys((*self.exclude, *self.include, *(pattern for pattern, _ in pairs))):
+            if not any(re.fullmatch(pattern, target.path) for target in targets):
+                logger.warning("%s: the pattern %r fits no layer; it must fit a whole path", WHERE, pattern)
+
     def set_rate(self, target: Target, adapter: Adapter) -> None:
         """Give an adapter the learning rate that a pattern says."""
         found = _first(self.rates, target)
@@ -291,8 +279,10 @@ def build_network(
     rules, dropouts = Rules.of(values, size), dropouts_of(values, neuron_dropout)
     raise_problems(_neuron_problems(dropouts.neuron))
     classes = (*TRANSFORMER_CLASSES, *(CONV_CLASSES if rules.conv_rank else ()))
+    layers = text_targets(models[0]), [] if models[1] is None else unet_targets(models[1], classes)
+    rules.warn_of_idle_patterns([target for targets in layers for target in targets])
     parts: list[list[Adapter]] = []
-    for targets in (text_targets(models[0]), [] if models[1] is None else unet_targets(models[1], classes)):
+    for targets in layers:
         parts.append([])
         for target, rank, alpha in rules.choose(targets):
             parts[-1].append(make(target, rank=rank, alpha=alpha, dropouts=dropouts))

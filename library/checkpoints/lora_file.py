@@ -109,6 +109,7 @@ class LoraInfo:
         has_unet: whether modules of the U-Net are in it.
         has_text_encoder: whether modules of a text encoder are in it.
         prediction_type: of the model it was trained on, where the metadata say so.
+        layers: number of modules whose names are those of layers of Stable Diffusion models.
     """
 
     path: Path
@@ -123,6 +124,7 @@ class LoraInfo:
     metadata: Mapping[str, str]
     bundled: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
+    layers: int = 0
 
     @property
     def modules(self) -> int:
@@ -167,6 +169,7 @@ def inspect_lora(path: str | Path) -> LoraInfo:
         metadata=metadata,
         bundled=listing.bundled,
         unknown=listing.unknown,
+        layers=sum(lora_names.is_known_path(*listing.places[name]) for name in by_module),
     )
 
 
@@ -252,6 +255,18 @@ def require_base(lora: LoraInfo | LoraFile, family_name: str, where: str = "") -
         f"Use a LoRA for {used_with}, or the base model that this one was made for",
         where=place,
     )
+
+
+def require_layers(info: LoraInfo, where: str = "") -> None:
+    """Refuse a LoRA of which no module can be a layer of a Stable Diffusion model.
+
+    Raises:
+        UserError: naming the first of its modules.
+    """
+    if not info.layers:
+        what = f"none of its {info.modules} modules is a layer of the model, such as {info.names[0]}"
+        hint = "It was made for a model of another kind"
+        raise UserError(what, hint, where=f"{where} {info.path}".strip())
 
 
 def _checked_listing(path: Path, shapes: Shapes, metadata: Mapping[str, str], base: str | None) -> Listing:

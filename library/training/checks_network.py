@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.errors import Problem, UserError
+from library.errors import Problem
 from library.option_values import nearest
-from library.training.checks import must_exist
+from library.training.checks_network_files import header_problems
 
 if TYPE_CHECKING:
     from library.training.options_network import NetworkTrainingOptions
@@ -28,7 +26,7 @@ def check_network(options: NetworkTrainingOptions) -> Iterator[Problem]:
     if options.data.debug_dataset:
         return
     yield from _module(options.network.network_module)
-    yield from _files(options)
+    yield from header_problems(options)
     yield from _rates(options)
     yield from _start(options)
     if options.cache.cache_text_encoder_outputs and _text_changes(options):
@@ -78,33 +76,6 @@ def _module(name: str | None) -> Iterator[Problem]:
         return
     near = nearest(name, MODULES, cutoff=0.6)
     yield Problem(_MODULE, f"there is no module {name}", f"Did you mean {near}?" if near else f"There are {listed}.")
-
-
-def _files(options: NetworkTrainingOptions) -> Iterator[Problem]:
-    """Look for the network files, and into their headers: another base model, or no network at all."""
-    from library.training.options_network import MODULES
-
-    network = options.network
-    named = [("--base_weights", name) for name in network.base_weights]
-    if network.network_weights:
-        named.insert(0, ("--network_weights", network.network_weights))
-    for option, name in named:
-        missing = list(must_exist(option, name, folder=Path(name).is_dir()))
-        yield from missing
-        # What the files of somebody else's module look like is not known here.
-        if not missing and network.network_module in MODULES:
-            yield from _unfit(options, option, name)
-
-
-def _unfit(options: NetworkTrainingOptions, option: str, name: str) -> Iterator[Problem]:
-    from library.checkpoints.lora_file import inspect_lora, require_base
-
-    try:
-        require_base(inspect_lora(name), "sd2" if options.model.v2 else "sd1", option)
-    except UserError as error:
-        for found in error.problems:
-            where = found.where if found.where.startswith(option) else f"{option} {found.where}".strip()
-            yield replace(found, where=where)
 
 
 def _rates(options: NetworkTrainingOptions) -> Iterator[Problem]:

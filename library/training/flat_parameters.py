@@ -20,10 +20,19 @@ from library.contracts import ParamGroup
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """The parameters of one group, and the row that holds their values."""
+    """The parameters of one group, and the row that holds the values of those that train.
+
+    Attributes:
+        whole: the row.
+        members: the parameters in it.
+        places: number of each of them in the group.
+        shapes: of all parameters of the group, those that do not train included.
+    """
 
     whole: nn.Parameter
     members: tuple[nn.Parameter, ...]
+    places: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
 
     @property
     def sizes(self) -> list[int]:
@@ -34,6 +43,7 @@ class _Row:
 class FlatParameters:
     """Rows in place of the parameters of an optimizer's groups. Every member gets a gradient in every update.
 
+    Parameters that need no gradient stay out of the rows: an optimizer leaves those alone, and a row has no gaps.
     Only for optimizers that treat each number by itself: AdamW does, Adafactor (rows and columns of a matrix) does not.
     """
 
@@ -54,38 +64,41 @@ class FlatParameters:
 
     @property
     def shapes(self) -> list[list[tuple[int, ...]]]:
-        """Shapes of the members of each group."""
-        return [[tuple(member.shape) for member in row.members] for row in self._rows]
+        """Shapes of the parameters of each group."""
+        return [list(row.shapes) for row in self._rows]
 
     def spread(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Return an optimizer's `state_dict()` as if it held each member by itself."""
+        """Return an optimizer's `state_dict()` as if it held each parameter by itself."""
         spread: dict[int, Any] = {}
         groups = []
         first = 0
         for row, group in zip(self._rows, state["param_groups"], strict=True):
-            indices = list(range(first, first + len(row.members)))
+            indices = list(range(first, first + len(row.shapes)))
             first += len(indices)
             groups.append({**group, "params": indices})
             whole = state["state"].get(group["params"][0])
             if whole is not None:
                 parts = {name: _split(value, row) for name, value in whole.items()}
-                spread.update({i: {name: parts[name][at] for name in parts} for at, i in enumerate(indices)})
+                for at, place in enumerate(row.places):
+                    spread[indices[place]] = {name: values[at] for name, values in parts.items()}
         return {**state, "state": spread, "param_groups": groups}
 
     def gather(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the state of an optimizer of single members as one of the rows: the opposite of `spread`."""
+        """Return the state of an optimizer of single parameters as one of the rows: the opposite of `spread`."""
         gathered: dict[int, Any] = {}
         groups = []
         for number, (row, group) in enumerate(zip(self._rows, state["param_groups"], strict=True)):
             groups.append({**group, "params": [number]})
-            single = [state["state"].get(index) for index in group["params"]]
+            single = [state["state"].get(group["params"][place]) for place in row.places]
             if single and all(single):
                 names = single[0].keys()
                 gathered[number] = {name: _join([of[name] for of in single], row) for name in names}
         return {**state, "state": gathered, "param_groups": groups}
 
 
-def _row(members: Sequence[nn.Parameter]) -> _Row:
+def _row(parameters: Sequence[nn.Parameter]) -> _Row:
+    places = tuple(place for place, parameter in enumerate(parameters) if parameter.requires_grad)
+    members = tuple(parameters[place] for place in places)
     with torch.no_grad():
         whole = nn.Parameter(torch.cat([member.detach().reshape(-1) for member in members]))
         whole.grad = torch.zeros_like(whole)
@@ -94,7 +107,7 @@ def _row(members: Sequence[nn.Parameter]) -> _Row:
         for member, value, gradient in zip(members, values, gradients, strict=True):
             member.data = value.view(member.shape)
             member.grad = gradient.view(member.shape)
-    return _Row(whole, tuple(members))
+    return _Row(whole, members, places, tuple(tuple(parameter.shape) for parameter in parameters))
 
 
 def _split(value: Any, row: _Row) -> list[Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,6 +43,17 @@ def fit(run: Run, family: ModelFamily, method: Method, data: TrainingData, opts:
         Loop(run, training, data).train()
 
 
+@contextmanager
+def long_lived_objects() -> Iterator[None]:
+    """Keep the garbage collector from walking through models and libraries, which live as long as the run, at each step."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 class Loop:
     """Runs updates. Holds the position in the run; everything else is in `Training`."""
 
@@ -67,7 +79,7 @@ class Loop:
         elif self.sampler.wants_first(self.position.step):
             self._sample()
         batches = self.training.loader.iterate(self.position)
-        with closing(batches):
+        with closing(batches), long_lived_objects():
             try:
                 while self.position.step < total:
                     self._update(batches)

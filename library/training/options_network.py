@@ -127,6 +127,11 @@ class NetworkOptions(OptionGroup, title="network"):
     )
 
     @property
+    def is_known_module(self) -> bool:
+        """Whether the files of the network module are of a layout that is known here."""
+        return self.network_module in MODULES
+
+    @property
     def trains_unet(self) -> bool:
         """Whether the network covers the U-Net."""
         return not self.network_train_text_encoder_only

@@ -1,4 +1,4 @@
-"""quickstart.py, as a newcomer types it: without arguments, and with a model and pictures of one's own."""
+"""quickstart.py, as a newcomer types it: without arguments, with a model and pictures, and for DreamBooth."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import quickstart
+from library.checkpoints.lora_file import inspect_lora
 from tests.conftest import PHOTOS
 
 
@@ -17,26 +18,44 @@ def run(*argv: object) -> int:
     return int(end.value.code or 0)
 
 
-def test_it_makes_a_model_pictures_and_curves_and_says_where(tmp_path, capfd):
-    out = tmp_path / "out"
-    assert run("--output", out, "--steps", 2, "--resolution", 64) == 0
-    assert (out / "quickstart.safetensors").exists()
-    pictures = sorted((out / "sample").glob("*.png"))
-    assert len(pictures) == 8 and Image.open(pictures[0]).size == (64, 64)
-    assert list(out.glob("logs/*/dreambooth/events*"))
-    said = capfd.readouterr().out
-    assert str(out / "quickstart.safetensors") in said and "--images my_photos" in said
-
-
-def test_it_trains_a_model_and_pictures_of_ones_own(tiny_sd2_v, tmp_path, capfd):
-    """The kind of model (2.x, velocity) is found out from the file."""
+@pytest.fixture
+def own_pictures(tmp_path):
     pictures = tmp_path / "my pictures"
     pictures.mkdir()
     for path in sorted((PHOTOS / "robot").glob("*.jpg"))[:2]:
         shutil.copy(path, pictures / path.name)
-    own = ("--model", tiny_sd2_v, "--images", pictures, "--prompt", 'sks "robot"')
+    return pictures
+
+
+def test_it_makes_a_lora_pictures_and_curves_and_says_how_to_use_them(tmp_path, capfd):
+    out = tmp_path / "out"
+    assert run("--output", out, "--steps", 2, "--resolution", 64) == 0
+    made = inspect_lora(out / "quickstart.safetensors")
+    assert made.base == "sd1" and set(made.ranks) == {16} and not made.has_text_encoder
+    pictures = sorted((out / "sample").glob("*.png"))
+    assert len(pictures) == 8 and Image.open(pictures[0]).size == (64, 64)
+    assert list(out.glob("logs/*/network_train/events*"))
+    said = capfd.readouterr().out
+    assert str(out / "quickstart.safetensors") in said and "--images my_photos" in said
+    assert f'load_lora_weights("{out.as_posix()}", weight_name="quickstart.safetensors")' in said
+    assert "models/loras" in said and "<lora:quickstart:1>" in said
+
+
+def test_it_trains_on_a_model_and_pictures_of_ones_own(tiny_sd2_v, own_pictures, tmp_path, capfd):
+    """The kind of model (2.x, velocity) is found out from the file."""
+    own = ("--model", tiny_sd2_v, "--images", own_pictures, "--prompt", 'sks "robot"')
     assert run(*own, "--steps", 1, "--resolution", 64, "--output", tmp_path / "out") == 0, capfd.readouterr().err
-    assert (tmp_path / "out" / "quickstart.safetensors").exists()
+    assert inspect_lora(tmp_path / "out" / "quickstart.safetensors").base == "sd2"
+    assert f'from_single_file("{tiny_sd2_v.as_posix()}")' in capfd.readouterr().out
+
+
+def test_it_trains_a_whole_model_when_asked(tiny_sd1, own_pictures, tmp_path, capfd):
+    own = ("--model", tiny_sd1, "--images", own_pictures, "--prompt", "sks robot", "--method", "dreambooth")
+    out = tmp_path / "out"
+    assert run(*own, "--steps", 1, "--resolution", 64, "--output", out) == 0, capfd.readouterr().err
+    assert (out / "quickstart.safetensors").stat().st_size > 0.9 * tiny_sd1.stat().st_size
+    said = capfd.readouterr().out
+    assert "models/checkpoints" in said and "load_lora_weights" not in said
 
 
 def test_half_of_what_it_needs_is_an_error(tmp_path, capfd):

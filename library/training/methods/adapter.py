@@ -15,6 +15,7 @@ from torch import nn
 from library.contracts import ParamGroup
 from library.errors import UserError, raise_problems
 from library.randomness import derive
+from library.training.checks_network_files import value_problems
 from library.training.network_files import (
     KohyaFile,
     load_network_weights,
@@ -66,10 +67,10 @@ class NetworkPlan:
 
     @classmethod
     def of(cls, opts: NetworkTrainingOptions) -> NetworkPlan:
-        """Import the module and check its arguments.
+        """Import the module, check its arguments, and look at every value of the files that it begins with.
 
         Raises:
-            UserError: the module cannot be used, or refuses its arguments.
+            UserError: the module cannot be used or refuses its arguments, or a file is damaged.
         """
         network = opts.network
         name = network.network_module or ""
@@ -78,7 +79,7 @@ class NetworkPlan:
         problems = [*argument_problems(name, module, dim, network.network_alpha, network.arguments)]
         if opts.precision.fp8_base or network.fp8_base_unet:
             problems += float8_problems(name, network.arguments)
-        raise_problems(problems)
+        raise_problems([*problems, *value_problems(opts)])
         covers = network.trains_text_encoder and not getattr(module, "UNET_ONLY", False)
         rates = network.text_encoder_lr or (opts.optimizer.learning_rate,)
         trains = covers and any(rate > 0 for rate in rates)
@@ -188,6 +189,7 @@ class Adapter:
         """Return the groups that the network itself makes."""
         options, rate = self.opts.network, self.opts.optimizer.learning_rate
         groups, names = optimizer_groups(self.network, options.text_encoder_lr, options.unet_lr, rate)
+        self._freeze_unused()
         if not groups:
             raise UserError("has nothing to train with these learning rates", where=self._where)
         made = []
@@ -196,6 +198,13 @@ class Adapter:
             given = group.get("lr")
             made.append(ParamGroup(name, tuple(group["params"]), rate if given is None else float(given), settings))
         return made
+
+    def _freeze_unused(self) -> None:
+        """Let adapters of layers that `--clip_skip` leaves out need no gradient, since they will never get one."""
+        unused = {id(parameter) for parameter in self.family.unused_parameters()}
+        for adapter in getattr(self.network, "adapters", ()):
+            if id(getattr(getattr(adapter, "layer", None), "weight", None)) in unused:
+                adapter.requires_grad_(False)
 
     # In training ---------------------------------------------------------------------------------------------------
 

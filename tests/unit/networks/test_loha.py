@@ -1,5 +1,7 @@
 """networks.loha: LyCORIS' numbers and names, in cheaper forms."""
 
+import logging
+
 import pytest
 import torch
 from kind_helpers import (
@@ -201,6 +203,13 @@ def test_patterns_choose_layers_ranks_and_rates():
     assert rates == pytest.approx({"unet": 1e-5, "unet plus": 4e-5, "unet_reg_lr_0": 1e-3, "unet_reg_lr_0 plus": 4e-3})
     own = {id(p) for n, a in layers.items() if "attn1" in n for p in a.parameters()}
     assert {id(p) for g, n in zip(groups, names, strict=True) if "reg_lr" in n for p in g["params"]} == own
+
+
+def test_a_pattern_that_fits_no_layer_is_worth_a_warning(caplog):
+    with caplog.at_level(logging.WARNING):
+        loha.create_network(1.0, 4, 1.0, None, *tiny_models(), network_reg_dims=r"attn1=8,.*attn2\.to_q=2")
+    assert "'attn1' fits no layer" in caplog.text
+    assert "attn2" not in caplog.text
 
 
 @pytest.mark.parametrize(

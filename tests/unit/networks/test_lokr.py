@@ -25,7 +25,7 @@ from networks.lokr import Form, LokrAdapter, split
 FORMS = [
     (kind, rank, factor, tucker)
     for kind in LAYERS
-    for rank, factor in ((1, -1), (2, 2), (3, 4), (100, -1), (100, 4))
+    for rank, factor in ((1, -1), (2, 2), (3, 4), (5, 2), (100, -1), (100, 4))
     for tucker in ((False, True) if "3x3" in kind and rank < 100 else (False,))
 ]
 

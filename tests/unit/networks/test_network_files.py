@@ -183,3 +183,11 @@ def test_another_kind_of_file_is_an_error(tmp_path):
     _, network = fresh_network()
     with pytest.raises(UserError, match="another kind of network"):
         network.load_weights(tmp_path / "loha.safetensors")
+
+
+def test_a_convolution_in_cp_form_is_no_file_to_go_on_with(tmp_path):
+    name = "lora_unet_mid_block_resnets_0_conv1"
+    shapes = {"lora_down": (2, 8, 1, 1), "lora_mid": (2, 2, 3, 3), "lora_up": (8, 2, 1, 1)}
+    save_file({f"{name}.{key}.weight": torch.ones(shape) for key, shape in shapes.items()}, tmp_path / "cp.safetensors")
+    with pytest.raises(UserError, match=f"{name} is of a kind .*lora_mid.weight"):
+        lora.create_network_from_weights(1.0, tmp_path / "cp.safetensors", None, *small_models())
