@@ -69,7 +69,8 @@ class Adapter(nn.Module):
         self.dropping = self.dropouts.any
         self.multiplier = 1.0
         self.register_buffer("alpha", torch.tensor(float(alpha or rank), dtype=torch.float32))
-        self.scale = float(alpha or rank) / rank
+        # From the buffer, which rounds it: a network that is loaded again has the same scale to the last bit.
+        self.scale = float(self.alpha) / rank
         self.group, self.rate_factor, self.rate = "", 1.0, None  # type: tuple[str, float, float | None]
         # Held past nn.Module, which would take the model's layer for a part of the adapter.
         vars(self)["layer"] = target.layer
@@ -130,6 +131,13 @@ class Adapter(nn.Module):
         self.dropping = mode and self.dropouts.any
         return super().train(mode)
 
+    def _apply(self, *arguments: Any, **named: Any) -> Adapter:
+        """Move or convert the tensors; the alpha keeps its type, or half precision would round it."""
+        alpha = self.alpha
+        super()._apply(*arguments, **named)
+        self.alpha = alpha.to(self.alpha.device)
+        return self
+
     def settle(self) -> None:
         """Take the scale from the `alpha` buffer, after weights were loaded."""
         self.scale = float(self.alpha) / self.rank
@@ -145,6 +153,9 @@ class Adapter(nn.Module):
     def merged(self, weight: Tensor, strength: float) -> Tensor:
         """Return `weight` with the adapter at `strength` in it, float32."""
         return weight.float() + strength * self.delta().to(weight.device)
+
+    def accumulate_in_place(self) -> None:
+        """Let backward passes add to the gradients that are there, past autograd, where the adapter can."""
 
     def limit_norm(self, max_norm: float) -> Tensor | None:
         """Scale the factors down until the norm of `delta()` is at most `max_norm`.

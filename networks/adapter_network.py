@@ -157,6 +157,14 @@ class AdapterNetwork(nn.Module):
         """Return the parameters that are trained."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    def accumulate_in_place(self) -> None:
+        """Let backward passes add to the gradients that are there, which must stay from now on.
+
+        Not for several processes, which learn from autograd that a gradient is ready to be shared.
+        """
+        for adapter in self.adapters:
+            adapter.accumulate_in_place()
+
     @torch.no_grad()
     def limit_norms(self, max_norm: float) -> Tensor:
         """Scale every layer's change down to a norm of at most `max_norm`.

@@ -20,7 +20,7 @@ from library.errors import Problem, UserError, raise_problems
 from networks.adapter_network import AdapterNetwork
 from networks.chance import number_below
 from networks.lora import LoraAdapter, build_network, network_like
-from networks.low_rank import adapted_linear, channel_product, layer_product, limit_product
+from networks.low_rank import channel_product, layer_product, limit_product
 from networks.network_args import (
     CONV_KEYS,
     DEFAULT_RANK,
@@ -85,6 +85,7 @@ class DyloraAdapter(LoraAdapter):
 
     lora_down: Any
     lora_up: Any
+    held: Any
     may_skip_parameters = True
     uses_global_randomness = True
 
@@ -94,6 +95,7 @@ class DyloraAdapter(LoraAdapter):
             raise UserError(f"unit {unit} does not divide the {self.rank} ranks of {self.name}", where=WHERE)
         self.lora_down = RankBlocks(self.lora_down.weight.detach(), unit, 0)
         self.lora_up = RankBlocks(self.lora_up.weight.detach(), unit, 1)
+        self.held = ()
         # With fewer ranks the sum is smaller; by how much, on average, is made up for.
         self.gains = [math.sqrt(self.rank / used) for used in range(unit, self.rank + 1, unit)]
 
@@ -104,8 +106,8 @@ class DyloraAdapter(LoraAdapter):
             drawn = number_below(len(self.gains))
             strength *= self.gains[drawn]
         down, up = self.lora_down.up_to(drawn), self.lora_up.up_to(drawn)
-        if self.fused and self.bare and not self.dropping:
-            return adapted_linear(x, layer.weight, layer.bias, down, up, strength)
+        if self.fused is not None and self.bare and not self.dropping and x.is_contiguous():
+            return self.fused(x, layer.weight, layer.bias, down, up, strength)
         low = self.drop(layer_product(layer, x, down)) * (strength * self.kept(x))
         return self.inner(x) + channel_product(layer, low, up.flatten(1))
 

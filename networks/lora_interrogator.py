@@ -101,6 +101,9 @@ def interrogate(options: InterrogateOptions) -> list[tuple[int, str, float]]:
 
     skip = check_clip_skip(options.clip_skip, before)
     changes = token_changes(before, after, skip=skip, batch_size=options.batch_size)
+    if not changes.isfinite().all():
+        what = "gives NaN or infinity: its text encoder is damaged"
+        raise UserError(what, "Fetch or save the model again", where=f"--sd_model {options.sd_model}")
     order = changes.argsort(descending=True, stable=True)[:_SHOWN].tolist()
     texts = _token_texts()
     found = [(token, texts[token], float(changes[token])) for token in order]

@@ -9,7 +9,7 @@ mixed precision needs included, become one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -48,43 +48,109 @@ def channel_product(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight) if layer.weight.dim() == 2 else F.conv2d(x, weight[..., None, None])
 
 
+Into: TypeAlias = "tuple[Tensor, Tensor] | None"
+"""Gradients of `down` and `up` that a backward pass adds to; None: it hands them to autograd."""
+
+
 class _AdaptedLinear(torch.autograd.Function):
     """Backward, with g = scale * dy up: dx = dy W + g down, d_up = scale * dy^T (x down^T), d_down = g^T x."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, into: Into
     ) -> Tensor:
-        dtype = compute_dtype(x)
-        ctx.scale, ctx.dtypes = scale, None
-        if not x.dtype == weight.dtype == down.dtype == up.dtype == dtype:
-            ctx.dtypes = x.dtype, down.dtype, up.dtype
-            x, weight, down, up = x.to(dtype), weight.to(dtype), down.to(dtype), up.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        rows = x.reshape(-1, x.shape[-1])
-        low = F.linear(rows, down)
-        y = F.linear(rows, weight, bias).addmm_(low, up.t(), alpha=scale)
+        x, weight, bias, down, up = _alike(ctx, x, weight, bias, down, up)
+        low = F.linear(x, down)
+        y = F.linear(x, weight, bias)
+        y.view(-1, y.shape[-1]).addmm_(low.view(-1, low.shape[-1]), up.t(), alpha=scale)
         # A frozen `down` (LoRA-FA) spares keeping the input.
-        ctx.save_for_backward(rows if ctx.needs_input_grad[3] else None, low, weight, down, up)
-        return y.view(*x.shape[:-1], -1)
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, low)
+        ctx.held = weight, down, up, scale, into
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        rows, low, weight, down, up = ctx.saved_tensors
-        scale, dtypes = ctx.scale, ctx.dtypes
-        dy = grad.reshape(-1, grad.shape[-1])
+        x, low = ctx.saved_tensors
+        weight, down, up, scale, into = ctx.held
+        dy, low = grad.reshape(-1, grad.shape[-1]), low.view(-1, low.shape[-1])
         # With beta=0 the first argument only lends its shape: a product and its factor in one call.
         low_grad = torch.addmm(low, dy, up, beta=0, alpha=scale)
         dx = torch.mm(dy, weight).addmm_(low_grad, down).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
-        d_down = torch.mm(low_grad.t(), rows) if rows is not None else None
+        if into is not None:
+            rows = x.reshape(-1, x.shape[-1])
+            if ctx.dtypes is None:
+                into[0].addmm_(low_grad.t(), rows)
+                into[1].addmm_(dy.t(), low, alpha=scale)
+            else:
+                into[0].add_(torch.mm(low_grad.t(), rows))
+                into[1].add_(torch.mm(dy.t(), low), alpha=scale)
+            return _as_given(ctx, dx, None, None)
+        d_down = torch.mm(low_grad.t(), x.reshape(-1, x.shape[-1])) if x is not None else None
         d_up = torch.addmm(up, dy.t(), low, beta=0, alpha=scale) if ctx.needs_input_grad[4] else None
-        if dtypes is not None:
-            found = zip((dx, d_down, d_up), dtypes, strict=True)
-            dx, d_down, d_up = (None if tensor is None else tensor.to(dtype) for tensor, dtype in found)
-        return dx, None, None, d_down, d_up, None
+        return _as_given(ctx, dx, d_down, d_up)
 
 
-def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
+class _AdaptedPointwise(torch.autograd.Function):
+    """The same for a 1x1 convolution without stride: matrices act on the channels of x, [B, in, pixels]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, into: Into
+    ) -> Tensor:
+        x, weight, bias, down, up = _alike(ctx, x, weight, bias, down, up)
+        y = F.conv2d(x, weight, bias)
+        weight, down, up = weight.flatten(1), down.flatten(1), up.flatten(1)
+        batch = x.shape[0]
+        low = torch.bmm(down.expand(batch, -1, -1), x.flatten(2))
+        y.flatten(2).baddbmm_(up.expand(batch, -1, -1), low, alpha=scale)
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, low)
+        ctx.held = weight, down, up, scale, into
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, low = ctx.saved_tensors
+        weight, down, up, scale, into = ctx.held
+        dy, batch = grad.flatten(2), grad.shape[0]
+        low_grad = torch.baddbmm(low, up.t().expand(batch, -1, -1), dy, beta=0, alpha=scale)
+        dx = d_down = d_up = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.bmm(weight.t().expand(batch, -1, -1), dy).baddbmm_(down.t().expand(batch, -1, -1), low_grad)
+            dx = dx.view(batch, -1, *grad.shape[2:])
+        if x is not None:
+            d_down = torch.bmm(low_grad, x.flatten(2).transpose(1, 2)).sum(0)[:, :, None, None]
+        if ctx.needs_input_grad[4]:
+            d_up = torch.bmm(dy, low.transpose(1, 2)).sum(0).mul_(scale)[:, :, None, None]
+        if into is not None:
+            into[0].add_(d_down)
+            into[1].add_(d_up)
+            d_down = d_up = None
+        return _as_given(ctx, dx, d_down, d_up)
+
+
+def _alike(
+    ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """Return the arguments in the type that is computed in, and let `ctx` remember those that they had."""
+    dtype, ctx.dtypes = compute_dtype(x), None
+    if x.dtype == weight.dtype == down.dtype == up.dtype == dtype:
+        return x, weight, bias, down, up
+    ctx.dtypes = x.dtype, down.dtype, up.dtype
+    bias = None if bias is None else bias.to(dtype)
+    return x.to(dtype), weight.to(dtype), bias, down.to(dtype), up.to(dtype)
+
+
+def _as_given(ctx: Any, dx: Tensor | None, d_down: Tensor | None, d_up: Tensor | None) -> Any:
+    """Return gradients in the types of what they belong to, one for each argument of `forward`."""
+    if ctx.dtypes is not None:
+        found = zip((dx, d_down, d_up), ctx.dtypes, strict=True)
+        dx, d_down, d_up = (None if tensor is None else tensor.to(dtype) for tensor, dtype in found)
+    return dx, None, None, d_down, d_up, None, None
+
+
+def adapted_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, into: Into = None
+) -> Tensor:
     """Return the output of a frozen linear layer with a low-rank adapter.
 
     Everything is computed in the type of autocast or else of `x`, whatever the types of the weights; gradients come in
@@ -97,8 +163,26 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor,
         down: [r, in].
         up: [out, r].
         scale: factor of the adapter.
+        into: gradients of `down` and `up` to add to, of their shapes; autograd then hears of none.
     """
-    return _AdaptedLinear.apply(x, weight, bias, down, up, scale)
+    return _AdaptedLinear.apply(x, weight, bias, down, up, scale, into)
+
+
+def adapted_pointwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, into: Into = None
+) -> Tensor:
+    """Do for a 1x1 convolution what `adapted_linear` does for a linear layer.
+
+    Args:
+        x: [B, in, h, w], contiguous.
+        weight: [out, in, 1, 1], frozen.
+        bias: [out] or None, frozen.
+        down: [r, in, 1, 1].
+        up: [out, r, 1, 1].
+        scale: factor of the adapter.
+        into: as in `adapted_linear`.
+    """
+    return _AdaptedPointwise.apply(x, weight, bias, down, up, scale, into)
 
 
 def limit_product(norm: Tensor, max_norm: float, factors: Sequence[Tensor]) -> Tensor:

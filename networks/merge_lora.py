@@ -26,7 +26,7 @@ from networks.merge_parts import (  # noqa: E402
     read_ingredients,
     spec_of,
 )
-from networks.tool_parts import check_target, dtype_of, lora_modelspec  # noqa: E402
+from networks.tool_parts import check_not_read, check_target, dtype_of, lora_modelspec  # noqa: E402
 
 if TYPE_CHECKING:
     from library.checkpoints.detect import CheckpointInfo
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _FAMILIES = ("sd1", "sd2", "sdxl")
+_SHOWN = 5
 _INHERITED = ("author", "license", "usage_hint", "resolution", "encoder_layer", "prediction_type", "architecture")
 
 
@@ -74,8 +75,11 @@ class Options(OptionSet):
 
     def check_together(self) -> Iterator[Problem]:
         """A LoRA file needs a suffix of one; a checkpoint is checked when the model has been looked at."""
-        if not self.merging.sd_model:
-            yield from check_target(self.ingredients.save_to)
+        chosen, model = self.ingredients, self.merging.sd_model
+        if model:
+            yield from check_not_read("--save_to", chosen.save_to, (model, *chosen.models))
+        else:
+            yield from check_target(chosen.save_to, chosen.models)
 
 
 def merge(options: Options, *, family: str | None = None) -> Path:
@@ -103,6 +107,7 @@ def _into_checkpoint(options: Options, family: str | None) -> Path:
     from library.checkpoints.detect import inspect
     from library.checkpoints.hub import resolve_model
     from library.checkpoints.lora_merge import MergeSettings, open_base, plan_merge, write_merged
+    from library.checkpoints.tensor_files import NonFiniteWeights
 
     chosen = options.ingredients
     info = inspect(resolve_model(str(options.merging.sd_model), option="--sd_model"))
@@ -119,7 +124,12 @@ def _into_checkpoint(options: Options, family: str | None) -> Path:
             metadata=_checkpoint_metadata(options, base),
             on_change=bar.update,
         )
-        write_merged(base, plan, target, settings)
+        try:
+            write_merged(base, plan, target, settings)
+        except NonFiniteWeights as error:
+            what = f"not merged: {error.cause} ({', '.join(error.names[:_SHOWN])})"
+            hint = "It is damaged, a ratio is too large, or --save_precision bf16 is needed"
+            raise UserError(what, hint, where=f"--sd_model {info.path}") from error
     _log.info("merged into %d tensors: %s", len(plan.edits), target)
     return target
 

@@ -45,7 +45,7 @@ class Options(OptionSet):
 
     def check_together(self) -> Iterator[Problem]:
         """The result is a LoRA file."""
-        yield from check_target(self.ingredients.save_to)
+        yield from check_target(self.ingredients.save_to, self.ingredients.models)
 
 
 def merge(options: Options) -> Path:

@@ -35,7 +35,7 @@ def missing_options(**values: str | None) -> Iterator[Problem]:
     return (Problem(f"--{name}", "is required", "See --help.") for name, value in values.items() if not value)
 
 
-def check_target(path: str | None, sources: tuple[str | None, ...] = ()) -> Iterator[Problem]:
+def check_target(path: str | None, sources: Iterable[str | None] = ()) -> Iterator[Problem]:
     """Yield what is wrong with `--save_to`: a folder, another suffix, or one of the files that are read."""
     if not path:
         return
@@ -44,9 +44,14 @@ def check_target(path: str | None, sources: tuple[str | None, ...] = ()) -> Iter
         yield Problem(f"--save_to {path}", "is a folder", "Give the name of a file.")
     elif target.suffix not in (".safetensors", ".ckpt", ".pt"):
         yield Problem(f"--save_to {path}", "has no suffix of a LoRA file", "End it with .safetensors (or .ckpt, .pt).")
-    for source in sources:
-        if source and os.path.realpath(source) == os.path.realpath(path):
-            yield Problem(f"--save_to {path}", "is the file that is read", "Choose another name.")
+    yield from check_not_read("--save_to", path, sources)
+
+
+def check_not_read(option: str, path: str | None, sources: Iterable[str | None]) -> Iterator[Problem]:
+    """Yield a problem when what `option` says to write is one of the files or folders that are read."""
+    real = os.path.realpath(path) if path else None
+    if any(source and os.path.realpath(source) == real for source in sources):
+        yield Problem(f"{option} {path}", "is the file that is read", "Choose another name.")
 
 
 def dtype_of(precision: str | None) -> torch.dtype | None:

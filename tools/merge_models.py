@@ -22,7 +22,7 @@ if __package__ in (None, ""):
 from library import cli  # noqa: E402
 from library.errors import Problem, UserError, raise_problems  # noqa: E402
 from library.option_groups import OptionGroup, OptionSet, opt  # noqa: E402
-from networks.tool_parts import PRECISIONS, device_of, dtype_of, missing_options  # noqa: E402
+from networks.tool_parts import PRECISIONS, check_not_read, device_of, dtype_of, missing_options  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +71,7 @@ class MergeOptions(OptionGroup, title="merging"):
             yield Problem("--ratios", what, "Give one for each model, or none for equal shares.")
         if self.output and (Path(self.output).suffix.lower() not in _SUFFIXES or Path(self.output).is_dir()):
             yield Problem(f"--output {self.output}", "is no name of a checkpoint file", "End it with .safetensors.")
+        yield from check_not_read("--output", self.output, self.models)
 
     def warn(self) -> Iterator[Problem]:
         """Ratios usually add up to one."""
@@ -115,7 +116,9 @@ def merge(options: MergeOptions) -> Path:
         _write(target, tensors, _metadata(options, _spec(infos)))
     except NonFiniteWeights as error:
         what = f"not merged: {error.cause} ({', '.join(error.names[:_SHOWN])})"
-        raise UserError(what, "Try --saving_precision float; or a model is damaged.", where="--models") from error
+        broken = _broken_model(options, models, error.names[0])
+        hint = "The model is damaged." if broken else "Try --saving_precision float."
+        raise UserError(what, hint, where=f"--models {broken}" if broken else "--saving_precision") from error
     _log.info("saved %s: %d tensors", target, len(tensors))
     return target
 
@@ -137,6 +140,12 @@ def weighted_sum(
     for model, ratio in having:
         total.add_(model[name].to(device, dtype), alpha=ratio)
     return total
+
+
+def _broken_model(options: MergeOptions, models: Sequence[Mapping[str, Tensor]], name: str) -> str | None:
+    """Return the first model whose tensor of that name is not finite; None when the sum alone is not."""
+    pairs = zip(options.models, models, strict=True)
+    return next((path for path, model in pairs if name in model and not model[name].isfinite().all()), None)
 
 
 def _is_merged(options: MergeOptions, name: str) -> bool:

@@ -16,6 +16,8 @@ from library.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from torch import Tensor
+
     from library.models.family import ModelFamily
 
 logger = logging.getLogger(__name__)
@@ -89,7 +91,7 @@ def _report(names: Sequence[str], where: str) -> None:
         logger.warning("%s: %d entries were not used: %s", where, len(names), shown)
 
 
-def load_network_weights(network: Any, path: str, family_name: str) -> None:
+def load_network_weights(network: Any, path: str, family_name: str, *, foreign: bool = False) -> None:
     """Load `--network_weights` into a network that is attached already.
 
     Modules know files in kohya's layout, so a file of another one is translated into a temporary file first.
@@ -98,7 +100,7 @@ def load_network_weights(network: Any, path: str, family_name: str) -> None:
         UserError: the file cannot be read or is for another model, or the module refuses it.
     """
     where = f"--network_weights {path}"
-    with KohyaFile(path, family_name, "--network_weights") as readable:
+    with KohyaFile(path, family_name, "--network_weights", foreign=foreign) as readable:
         try:
             info = network.load_weights(str(readable))
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
@@ -107,14 +109,26 @@ def load_network_weights(network: Any, path: str, family_name: str) -> None:
 
 
 class KohyaFile:
-    """Context of a network file in kohya's layout: the file itself, or a temporary translation of it."""
+    """Context of a network file in kohya's layout: the file itself, or a temporary translation of it.
 
-    def __init__(self, path: str, family_name: str, option: str) -> None:
-        self._path, self._family, self._option = path, family_name, option
+    Args:
+        path: the file.
+        family_name: of the model it is for.
+        option: that named it.
+        foreign: it is for a network module that is not known here, which may understand what nobody else does.
+    """
+
+    def __init__(self, path: str, family_name: str, option: str, *, foreign: bool = False) -> None:
+        self._path, self._family, self._option, self._foreign = path, family_name, option, foreign
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> Path:
-        file = read_lora(self._path, base=self._family)
+        try:
+            file = read_lora(self._path, base=self._family)
+        except UserError:
+            if self._foreign:
+                return Path(self._path)
+            raise
         require_base(file, self._family, self._option)
         if file.unknown:
             _report(file.unknown, f"{self._option} {self._path}")
@@ -140,7 +154,7 @@ def save_network(network: Any, target: Path, precision: torch.dtype | None, meta
     if getattr(network, "saves_whole_files", False):
         network.save_weights(str(target), precision, dict(metadata))
         return target
-    from library.checkpoints.tensor_files import MappedTensors, open_tensors
+    from library.checkpoints.tensor_files import MappedTensors
     from library.files import remove_tree, temporary_beside
 
     folder = temporary_beside(target)
@@ -148,8 +162,37 @@ def save_network(network: Any, target: Path, precision: torch.dtype | None, meta
     try:
         raw = folder / f"network{target.suffix}"
         network.save_weights(str(raw), precision, dict(metadata))
-        tensors = open_tensors(raw)
+        tensors = _written(network, raw)
         header = tensors.header.metadata if isinstance(tensors, MappedTensors) else {}
         return write_lora(target, tensors, {**metadata, **header})
     finally:
         remove_tree(folder)
+
+
+def _written(network: Any, path: Path) -> Mapping[str, Tensor]:
+    """Open what a network has written itself."""
+    from library.checkpoints.tensor_files import open_tensors
+
+    where = f"--network_module {type(network).__module__}"
+    if not path.is_file():
+        raise UserError("its save_weights wrote no file", where=where)
+    try:
+        return open_tensors(path)
+    except UserError as error:
+        raise UserError(f"its save_weights wrote an unusable file: {error.problems[0].what}", where=where) from error
+
+
+def try_saving(network: Any) -> None:
+    """Save a network once for nothing, so that one that cannot be saved is known before it is trained.
+
+    Raises:
+        UserError: its `save_weights` writes nothing of use.
+    """
+    from library.checkpoints.tensor_files import NonFiniteWeights
+
+    with tempfile.TemporaryDirectory(prefix="sd-network-") as folder:
+        try:
+            save_network(network, Path(folder) / "trial.safetensors", None, {})
+        except NonFiniteWeights as error:
+            where = f"--network_module {type(network).__module__}"
+            raise UserError(f"begins with {error.cause} ({', '.join(error.names[:_SHOWN])})", where=where) from error

@@ -11,28 +11,29 @@ import importlib
 import importlib.util
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from library.errors import Problem, UserError
-from library.option_values import nearest
+from torch import nn
+
+from library.cli import TRACEBACK_VARIABLE
+from library.errors import Problem, StopTraining, UserError
+from library.training import lycoris_args
 
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from library.data.dataset_spec import DatasetSpec
+
 logger = logging.getLogger(__name__)
 
 _OPTION = "--network_module"
+PRESERVE = "diff_output_preservation"
+"""Custom attribute of a subset: what the model drew without the network is the target for its images."""
+
 _NEEDED = ("create_network", "create_network_from_weights")
 _METHODS = ("apply_to", "load_weights", "save_weights", "prepare_optimizer_params", "get_trainable_params")
-
-_LYCORIS = """
-    algo preset conv_dim conv_alpha dropout rank_dropout module_dropout rank_dropout_scale use_tucker use_cp use_conv_cp
-    disable_conv_cp use_scalar block_size train_norm constraint constrain rescaled dora_wd wd_on_output full_matrix
-    bypass_mode rs_lora unbalanced_factorization decompose_both factor loraplus_lr_ratio loraplus_unet_lr_ratio
-    loraplus_text_encoder_lr_ratio"""
-LYCORIS_ARGS = frozenset(_LYCORIS.split())
-"""What `lycoris.kohya` reads; it passes over anything else without a word."""
 
 
 def find_module(name: str) -> Problem | None:
@@ -65,8 +66,8 @@ def import_network_module(name: str) -> ModuleType:
         raise UserError(problem.what, problem.hint, where=problem.where)
     try:
         module = importlib.import_module(name)
-    except Exception as error:  # noqa: BLE001 - a module of the user's own may fail in any way
-        raise UserError(f"fails when it is imported ({type(error).__name__}: {error})", where=where) from error
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a module of the user's own may fail in any way
+        raise UserError(f"fails when it is imported ({_short(error)})", where=where) from error
     missing = [function for function in _NEEDED if not callable(getattr(module, function, None))]
     if missing:
         raise UserError(f"is no network module: it has no {' and no '.join(missing)}", where=where)
@@ -81,33 +82,74 @@ def argument_problems(
     check: Callable[..., Iterator[Problem]] | None = getattr(module, "check_network_args", None)
     if check is not None:
         yield from check(dim, alpha, arguments)
-    elif name == "lycoris.kohya":
-        for key in arguments:
-            if key not in LYCORIS_ARGS:
-                near = nearest(key, LYCORIS_ARGS)
-                hint = f"Did you mean {near}?" if near else f"It reads {', '.join(sorted(LYCORIS_ARGS))}."
-                yield Problem("--network_args", f"lycoris.kohya reads no {key!r}", hint)
+    elif name == lycoris_args.NAME:
+        yield from lycoris_args.lycoris_problems(module, arguments)
 
 
-def float8_problems(name: str, arguments: Mapping[str, str]) -> Iterator[Problem]:
-    """Yield why a module cannot work on weights kept in 8 bits."""
-    if name == "lycoris.kohya" and arguments.get("bypass_mode", "").lower() not in ("true", "1"):
-        what = "LyCORIS calculates in the type of the base weights, which 8 bits are too few for"
-        yield Problem("--fp8_base", what, "Add bypass_mode=True to --network_args, or use a module of networks.")
+@contextmanager
+def calling(name: str, function: str) -> Iterator[None]:
+    """Context of a call into a network module: whatever one that is not ours raises there becomes one line.
+
+    An error in a module of ours is a bug of the toolkit, and is reported as such.
+
+    Args:
+        name: of the module.
+        function: that is called.
+
+    Raises:
+        UserError: naming the module, the function and the error.
+    """
+    try:
+        yield
+    except (UserError, StopTraining):
+        raise
+    except Exception as error:  # noqa: BLE001 - a module of the user's own may fail in any way
+        if is_ours(name) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        hint = f"{TRACEBACK_VARIABLE}=1 in the environment shows where."
+        raise UserError(f"its {function} failed ({_short(error)})", hint, where=f"{_OPTION} {name}") from error
+
+
+def is_ours(name: str) -> bool:
+    """Whether a network module is one of this toolkit's."""
+    return name.partition(".")[0] == "networks"
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 def require_network(network: Any, name: str) -> Any:
     """Return what a module created, after a look at its methods.
 
     Raises:
-        UserError: the module created nothing, or an object without the methods that training calls.
+        UserError: the module created nothing, or an object that cannot be trained.
     """
     if network is None:
         raise UserError("created no network", "Its own messages above may say why.", where=f"{_OPTION} {name}")
+    if not isinstance(network, nn.Module):
+        raise UserError(f"its network, a {type(network).__name__}, is no torch.nn.Module", where=f"{_OPTION} {name}")
     missing = [method for method in _METHODS if not callable(getattr(network, method, None))]
     if missing:
         raise UserError(f"its network has no method {missing[0]}", where=f"{_OPTION} {name}")
     return network
+
+
+def require_strength(network: Any, name: str, specs: Iterable[DatasetSpec]) -> None:
+    """Refuse data sets that ask for another strength than 1 of a network that has only one.
+
+    Raises:
+        UserError: naming what the data ask for.
+    """
+    if hasattr(network, "set_multiplier"):
+        return
+    for spec in specs:
+        preserved = any(subset.custom_attributes.get(PRESERVE) for subset in spec.subsets)
+        if preserved or spec.network_multiplier != 1:
+            asked = PRESERVE if preserved else f"network_multiplier {spec.network_multiplier:g}"
+            what = f"its network has no set_multiplier, which {asked} of the data needs"
+            raise UserError(what, "Use another network module, or leave that out.", where=f"{_OPTION} {name}")
 
 
 def optimizer_groups(

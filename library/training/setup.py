@@ -98,6 +98,8 @@ def set_up(run: Run, family: ModelFamily, method: Method, data: TrainingData, op
     method.attach()
     groups = method.param_groups()
     built = build_optimizer(opts.optimizer, groups, flat=method.flat_parameters and not opts.distributed.deepspeed)
+    if built.flat is not None and run.world_size == 1 and not opts.memory.torch_compile:
+        method.accumulate_in_place()
     lr_schedule = build_lr_schedule(opts.schedule, opts.optimizer, built, begin.length.total_steps)
     objective = DDPMObjective(family.spec.prediction_type, opts.noise, opts.loss, run.device)
     if begin.stored is not None:

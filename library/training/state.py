@@ -239,7 +239,21 @@ def _write_folder(
 
 
 def _weights(parts: StateParts) -> dict[str, dict[str, Tensor]]:
-    return {part: module.state_dict() for part, module in parts.modules.items()}
+    return {part: _own_tensors(module) for part, module in parts.modules.items()}
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and persistent buffers as they are, under the names of a plain `state_dict()`.
+
+    Some modules (LyCORIS) hand out products of their parameters in `state_dict()`, from which those cannot be regained.
+    """
+    found = {}
+    for path, child in module.named_modules(remove_duplicate=False):
+        kept = {name: buffer for name, buffer in child._buffers.items() if name not in child._non_persistent_buffers_set}
+        for name, tensor in (*child._parameters.items(), *kept.items()):
+            if tensor is not None:
+                found[f"{path}.{name}" if path else name] = tensor.detach()
+    return found
 
 
 def _write_parts(folder: Path, parts: StateParts, shards: Mapping[str, Path]) -> Iterator[Path]:
@@ -278,10 +292,8 @@ def _require_training_mode(optimizer: torch.optim.Optimizer) -> None:
 
 def _load_module(path: Path, module: nn.Module) -> None:
     """Copy the weights of a file into `module`: same names, same shapes, all finite."""
-    import torch
-
     stored = dict(open_tensors(path))
-    wanted = module.state_dict()
+    wanted = _own_tensors(module)
     # A buffer that older transformers stored; it follows from the configuration.
     stored = {name: tensor for name, tensor in stored.items() if not name.endswith("position_ids") or name in wanted}
     missing, extra = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
@@ -294,9 +306,10 @@ def _load_module(path: Path, module: nn.Module) -> None:
             raise UserError(what, where=str(path))
     if bad := all_finite(stored):
         raise UserError(f"{len(bad)} tensors hold NaN or infinity, for example {bad[0]}", _EARLIER, where=str(path))
-    with torch.no_grad():
-        for name, tensor in stored.items():
-            wanted[name].copy_(tensor)
+    # First as the module takes them, which may act on what it finds; then each as it is.
+    module.load_state_dict(stored, strict=False)
+    for name, tensor in stored.items():
+        wanted[name].copy_(tensor)
 
 
 def _load_optimizer(stored: StoredState, parts: StateParts, changes: Changes | None) -> None:

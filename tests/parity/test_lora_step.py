@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.conftest import PHOTOS
-from tests.integration.reference_step import Models, Recipe
+from tests.integration.reference_step import Models, Recipe, text_condition
 from tests.parity.lora_reference import ALPHA, RANK, ReferenceLora, Training, largest_error, write_start
 from tests.support import tensor_digest, train_network
 
@@ -181,3 +181,63 @@ def test_the_multiplier_of_a_data_set(folder, starts, pictures, tmp_path, batche
     saved = run(folder, pictures, tmp_path / "out", starts[True], f"--dataset_config={data}", *training.argv.split())
     wanted = expected(folder, starts[True], Recipe(**TWO), training, batches, text=True)
     assert largest_error(load_file(starts[True]), wanted, saved) < TOLERANCE
+
+
+PRESERVING = {
+    "U-Net": ("networks.lora", "--network_train_unet_only"),
+    "text encoder too": ("networks.lora", ""),
+    "dropout and checkpointing": ("networks.lora", "--network_dropout=0.3 --gradient_checkpointing"),
+    "dora": ("networks.lora", "--network_args dora_wd=True"),
+    "oft": ("networks.oft", "--network_alpha=1"),
+    "lycoris diag-oft": ("lycoris.kohya", "--network_args algo=diag-oft"),
+}
+
+
+@pytest.mark.parametrize("name", PRESERVING)
+def test_marked_images_are_to_be_drawn_as_the_bare_model_does(
+    folder, pictures, tmp_path, batches, monkeypatch, name
+):
+    """In a mixed batch; after an update, so that the network does something."""
+    from library.training.methods.adapter import Adapter
+
+    module, argv = PRESERVING[name]
+    if module.startswith("lycoris"):
+        pytest.importorskip("lycoris")
+    (pictures / "2").mkdir()
+    for path in (pictures / "1_duck").glob("01.*"):
+        path.rename(pictures / "2" / path.name)
+    data = config(pictures, tmp_path / "data.toml", attributes="custom_attributes = {diff_output_preservation = true}")
+    data.write_text(data.read_text().replace("batch_size = 1", "batch_size = 2"))
+    with data.open("a") as file:
+        file.write(f'[[datasets.subsets]]\nimage_dir = "{pictures / "2"}"\n')
+    seen = []
+    make, predict = Adapter.target, Adapter.predict
+
+    def target(self, noised, condition, batch):
+        seen.append((noised, seen.pop(), make(self, noised, condition, batch)))
+        return seen[-1][-1]
+
+    monkeypatch.setattr(Adapter, "target", target)
+    monkeypatch.setattr(Adapter, "predict", lambda *inputs: seen.append(predict(*inputs)) or seen[-1])
+    options = {
+        "pretrained_model_name_or_path": folder,
+        "dataset_config": data,
+        "output_dir": tmp_path / "out",
+        "max_train_steps": 2,
+        "learning_rate": 1e-2,
+        "seed": SEED,
+        "max_data_loader_n_workers": 0,
+        "network_module": module,
+        "network_dim": RANK,
+    }
+    assert train_network(*(f"--{name}={value}" for name, value in options.items()), *argv.split()) == 0
+    noised, predicted, wanted = seen[1]
+    captions = batches[1].captions
+    assert sorted(captions) == sorted(CAPTIONS.values())
+    models = Models(folder)
+    with torch.no_grad():
+        bare = models.unet(noised.noisy, noised.t, text_condition(models, Recipe(), captions)).sample
+    marked = captions.index(CAPTIONS["00"])
+    torch.testing.assert_close(wanted[marked], bare[marked], rtol=1e-4, atol=1e-5)
+    assert torch.equal(wanted[1 - marked], noised.target[1 - marked])
+    assert (predicted - bare).abs().max() > 1e-2

@@ -11,80 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import PHOTOS
 from tests.lora_files import save, small_lora, some
 from tests.support import train_network
 
 MODULE = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-OURS = ("lora", "lora_fa", "dylora", "oft", "loha", "lokr")
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
-    """`1_sks duck`: two photographs with captions."""
-    tree = tmp_path_factory.mktemp("tree")
-    (tree / "1_sks duck").mkdir()
-    for name in ("00.jpg", "00.caption", "01.jpg", "01.caption"):
-        shutil.copy(PHOTOS / "duck" / name, tree / "1_sks duck")
-    return tree
-
-
-@pytest.fixture(scope="module")
-def command(tiny_sd1, photos):
-    """Return the command line of a small run: options by name, None leaves one out; then more words."""
-
-    def words(out: Path, *more: object, **changes: object) -> list[str]:
-        values = {
-            "pretrained_model_name_or_path": tiny_sd1,
-            "train_data_dir": photos,
-            "output_dir": out,
-            "output_name": "duck",
-            "resolution": 64,
-            "max_train_steps": 1,
-            "max_data_loader_n_workers": 0,
-            "learning_rate": 1e-2,
-            "network_module": "networks.lora",
-            "seed": 1,
-        } | changes
-        return [f"--{name}={value}" for name, value in values.items() if value is not None] + [*map(str, more)]
-
-    return words
-
-
-@pytest.fixture(scope="module")
-def trained(command, tmp_path_factory) -> Path:
-    """A LoRA of rank 4 for the tiny model."""
-    out = tmp_path_factory.mktemp("trained")
-    assert train_network(*command(out)) == 0
-    return out / "duck.safetensors"
-
-
-@pytest.fixture
-def no_loading(monkeypatch):
-    """Loading a model fails the test: what is tested must be found out before."""
-
-    def load(*_args, **_more):
-        raise AssertionError("a model is loaded")
-
-    monkeypatch.setattr("library.models.sd.StableDiffusion.load", load)
-
-
-@pytest.fixture
-def refused(command, tmp_path, capsys):
-    """Run a command line that must be refused; returns the lines that say why."""
-
-    def run(*more: object, lines: int = 1, **changes: object) -> str:
-        out = tmp_path / "out"
-        capsys.readouterr()
-        assert train_network(*command(out, *more, **changes)) == 2, capsys.readouterr().err
-        said = capsys.readouterr().err
-        assert "Traceback" not in said
-        errors = [line for line in said.splitlines() if line.startswith("error: ")]
-        assert len(errors) == lines and said.splitlines()[-lines:] == errors, said
-        assert not [path.name for path in out.glob("*") if path.name != "run_summary.json"]
-        return "\n".join(errors)
-
-    return run
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
@@ -122,7 +52,8 @@ def spoil(value: float, suffix: str):
 
 def other_modules(path: Path, source: Path) -> None:
     """The layers of a LoRA under names that no Stable Diffusion model has."""
-    save_file({key.replace("_blocks_", "_towers_"): value for key, value in load_file(source).items()}, path)
+    tensors = load_file(source)
+    save_file({key.replace("_blocks_", "_towers_"): tensors[key] for key in tensors if "_down_blocks_" in key}, path)
 
 
 def without_rank(tensors: dict) -> None:
@@ -159,7 +90,11 @@ FILES = {
         changed(lambda tensors: tensors.update({f"{MODULE}.lora_up.weight": torch.ones(32, 7)})),
         ["does not fit", f"{MODULE}.lora_up.weight"],
     ),
-    "no layer of the model": ("x.safetensors", other_modules, ["no layer", "lora_unet_down_towers_0"]),
+    "no layer of the model": (
+        "x.safetensors",
+        other_modules,
+        ["none of its", "layer of the model", "lora_unet_down_towers_0"],
+    ),
     "NaN": ("x.safetensors", spoil(float("nan"), "lora_up.weight"), ["NaN", f"{MODULE}.lora_up.weight"]),
     "alpha NaN": ("x.safetensors", spoil(float("nan"), "alpha"), ["NaN", f"{MODULE}.alpha"]),
     "alpha 0": ("x.safetensors", spoil(0.0, "alpha"), ["is 0", f"{MODULE}.alpha"]),
@@ -170,13 +105,13 @@ FILES = {
 
 @pytest.mark.parametrize("option", ["network_weights", "base_weights"])
 @pytest.mark.parametrize("name", FILES)
-def test_wrong_files(refused, trained, tiny_sd1, tmp_path, no_loading, name, option):
+def test_wrong_files(refused, trained_lora, tiny_sd1, tmp_path, no_loading, name, option):
     file, make, words = FILES[name]
     path = tmp_path / file
     if make == "model":
         shutil.copy(tiny_sd1, path)
     else:
-        make(path, trained)
+        make(path, trained_lora)
     before = path.read_bytes() if path.is_file() else None
     said = refused(**{option: path})
     for word in (f"--{option}", str(path), *words):
@@ -192,7 +127,7 @@ def test_all_wrong_files_are_named_together(refused, tmp_path, no_loading):
 
 
 @pytest.mark.parametrize("way", [(), ("--dim_from_weights",)])
-def test_a_file_of_another_kind_of_network(refused, command, tmp_path, no_loading, way):
+def test_a_file_of_another_kind_of_network(refused, network_command, tmp_path, no_loading, way):
     """A LoHa file for networks.lora: none of its modules can be continued."""
     loha = {f"{MODULE}.hada_{part}": torch.ones(4, 4) for part in ("w1_a", "w1_b", "w2_a", "w2_b")}
     path = save(tmp_path / "loha.safetensors", {**loha, f"{MODULE}.alpha": torch.tensor(1.0)})
@@ -201,9 +136,9 @@ def test_a_file_of_another_kind_of_network(refused, command, tmp_path, no_loadin
         assert word in said, said
 
 
-def test_a_file_of_another_rank_is_known_before_anything_is_loaded_or_cached(refused, trained, no_loading):
-    said = refused(network_weights=trained, network_dim=8)
-    for word in ("--network_weights", str(trained), "rank 4", "--network_dim", "--dim_from_weights"):
+def test_a_file_of_another_rank_is_known_before_anything_is_loaded_or_cached(refused, trained_lora, no_loading):
+    said = refused(network_weights=trained_lora, network_dim=8)
+    for word in ("--network_weights", str(trained_lora), "rank 4", "--network_dim", "--dim_from_weights"):
         assert word in said, said
 
 
@@ -218,8 +153,7 @@ OPTIONS = {
     "rate of 0": ("--learning_rate=0", ["nothing is trained", "--learning_rate"]),
     "rate of the only part": ("--network_train_unet_only --unet_lr=0", ["nothing is trained"]),
     "rank 0": ("--network_dim=0", ["--network_dim", "at least 1"]),
-    "no equals sign": ("--network_args conv_dim", ["--network_args", "'conv_dim'", "name=value"]),
-    "spaces around the equals sign": ("--network_args conv_dim = 4", ["--network_args", "without spaces"]),
+    "no equals sign": ("--network_args conv_dim conv_alpha=4", ["--network_args", "without spaces"]),
     "ranks of no file": ("--dim_from_weights", ["--dim_from_weights", "--network_weights"]),
     "float8 in full precision": ("--fp8_base", ["--fp8_base", "--mixed_precision"]),
     "float8 U-Net in full precision": ("--fp8_base_unet", ["--fp8_base_unet", "--mixed_precision"]),
@@ -249,7 +183,10 @@ OPTIONS = {
         "--network_args block_dims=1,2,3",
         ["--network_args", "block_dims has 3 numbers, not 25"],
     ),
-    "block alphas without ranks": ("--network_args conv_block_alphas=1", ["--network_args", "conv_block_alphas"]),
+    "block alphas without ranks": (
+        f"--network_args conv_block_alphas={','.join('1' * 25)}",
+        ["--network_args", "conv_block_alphas needs conv_block_dims"],
+    ),
     "DyLoRA's unit": (
         "--network_module=networks.dylora --network_dim=4 --network_args unit=3",
         ["--network_args", "unit", "3", "4"],
@@ -261,7 +198,19 @@ OPTIONS = {
         "--network_module=networks.loha --network_args exclude_patterns=['(']",
         ["--network_args", "exclude_patterns"],
     ),
-    "a size of shards": ("--save_model_as=diffusers", ["--save_model_as", "safetensors"]),
+    "LyCORIS' algorithm": (
+        "--network_module=lycoris.kohya --network_args algo=lokon",
+        ["--network_args", "algo", "lokon", "Did you mean locon?"],
+    ),
+    "LyCORIS' preset": (
+        "--network_module=lycoris.kohya --network_args preset=atn-only",
+        ["--network_args", "preset", "Did you mean attn-only?"],
+    ),
+    "LyCORIS' numbers": (
+        "--network_module=lycoris.kohya --network_args conv_dim=four",
+        ["--network_args", "conv_dim", "four"],
+    ),
+    "a format": ("--save_model_as=diffusers", ["--save_model_as", "safetensors"]),
     "the beginning after the end": ("--initial_step=1", ["--initial_step", "--max_train_steps"]),
 }
 
@@ -276,8 +225,8 @@ def test_wrong_options(refused, no_loading, name):
         assert word in said, said
 
 
-def test_more_strengths_than_files(refused, trained, no_loading):
-    said = refused("--base_weights_multiplier", "1", "0.5", base_weights=trained)
+def test_more_strengths_than_files(refused, trained_lora, no_loading):
+    said = refused("--base_weights_multiplier", "1", "0.5", base_weights=trained_lora)
     assert "--base_weights_multiplier: 2 values for 1 of --base_weights" in said
 
 
@@ -322,20 +271,30 @@ def test_all_wrong_arguments_are_named_together(refused, no_loading):
     assert all(word in said for word in ("conv_dim", "cov_alpha", "rank_dropout"))
 
 
-def test_a_strength_of_the_data_set_that_is_no_number(refused, photos, tmp_path, no_loading):
+def test_a_strength_of_the_data_set_that_is_no_number(refused, few_photos, tmp_path, no_loading):
     config = tmp_path / "data.toml"
     config.write_text(
         "[[datasets]]\nresolution = 64\nnetwork_multiplier = 'half'\n"
-        f"[[datasets.subsets]]\nimage_dir = '{photos / '1_sks duck'}'\n"
+        f"[[datasets.subsets]]\nimage_dir = '{few_photos / '1_sks duck'}'\n"
     )
     said = refused(train_data_dir=None, dataset_config=config)
     for word in ("data.toml", "network_multiplier", "number", "half"):
         assert word in said, said
 
 
-def test_validation_options_without_anything_to_validate_are_pointed_out(command, tmp_path, capsys):
+def test_layers_that_only_a_deeper_model_has(refused, trained_lora, tmp_path):
+    """Their names could be those of Stable Diffusion: only the model in memory tells."""
+    tensors = {key.replace("mid_block_attentions_0", "mid_block_attentions_7"): tensor
+               for key, tensor in load_file(trained_lora).items() if "mid_block_attentions_0" in key}  # fmt: skip
+    path = save(tmp_path / "deep.safetensors", tensors)
+    for option, more in (("network_weights", ()), ("network_weights", ("--dim_from_weights",)), ("base_weights", ())):
+        said = refused(*more, **{option: path})
+        assert str(path) in said and "none of its" in said, said
+
+
+def test_validation_options_without_anything_to_validate_are_pointed_out(network_command, tmp_path, capsys):
     more = ("--validate_every_n_steps=1", "--max_validation_steps=1", "--validation_seed=3")
-    assert train_network(*command(tmp_path / "out", *more)) == 0
+    assert train_network(*network_command(tmp_path / "out", *more)) == 0
     said = capsys.readouterr().err
     for option in more:
         assert f"{option.partition('=')[0]}: has no effect" in said, said

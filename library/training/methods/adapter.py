@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,19 +16,24 @@ from library.contracts import ParamGroup
 from library.errors import UserError, raise_problems
 from library.randomness import derive
 from library.training.checks_network_files import value_problems
+from library.training.lycoris_args import float8_problems
 from library.training.network_files import (
     KohyaFile,
     load_network_weights,
     merge_base_networks,
     save_network,
+    try_saving,
 )
 from library.training.network_metadata import network_metadata
 from library.training.network_module import (
+    PRESERVE,
     argument_problems,
-    float8_problems,
+    calling,
     import_network_module,
+    is_ours,
     optimizer_groups,
     require_network,
+    require_strength,
 )
 
 if TYPE_CHECKING:
@@ -44,9 +49,6 @@ if TYPE_CHECKING:
     from library.training.run import Run
 
 logger = logging.getLogger(__name__)
-
-PRESERVE = "diff_output_preservation"
-"""Custom attribute of a subset: what the model drew without the network is the target for its images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ class Adapter:
     light = True
 
     def __init__(self, run: Run, family: ModelFamily, plan: NetworkPlan) -> None:
+        self.run = run
         self.family = family
         self.plan = plan
         self.opts = plan.opts
@@ -121,13 +124,18 @@ class Adapter:
         # A function of the seed alone, whatever was drawn before.
         torch.manual_seed(derive(self.seed, "init", "network"))
         network = self.network = self._create()
+        require_strength(network, self._name, self.run.data.specs)
         if hasattr(network, "prepare_network"):
-            network.prepare_network(self.opts)
-        network.apply_to(self._text_encoder, self.family.denoiser, self.plan.adapts_text, options.trains_unet)
+            with calling(self._name, "prepare_network"):
+                network.prepare_network(self.opts)
+        with calling(self._name, "apply_to"):
+            network.apply_to(self._text_encoder, self.family.denoiser, self.plan.adapts_text, options.trains_unet)
         if next(network.parameters(), None) is None:
             raise UserError("finds no layer of the model that it could be attached to", where=self._where)
         if options.network_weights:
-            load_network_weights(network, options.network_weights, self.family.spec.name)
+            with calling(self._name, "load_weights"):
+                foreign = not options.is_known_module
+                load_network_weights(network, options.network_weights, self.family.spec.name, foreign=foreign)
         network.to(device=self.device, dtype=self.dtype)
         # Modules of ours say what they do; of others nothing is known.
         self.may_skip_parameters = bool(getattr(network, "may_skip_parameters", True))
@@ -135,7 +143,11 @@ class Adapter:
         self.flat_parameters = not self.may_skip_parameters
         self._enable_checkpointing()
         if hasattr(network, "prepare_grad_etc"):
-            network.prepare_grad_etc(self._text_encoder, self.family.denoiser)
+            with calling(self._name, "prepare_grad_etc"):
+                network.prepare_grad_etc(self._text_encoder, self.family.denoiser)
+        if not is_ours(self._name):
+            with calling(self._name, "save_weights"):
+                try_saving(network)
         if options.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
             logger.warning("--scale_weight_norms has no effect: %s cannot scale its weights", options.network_module)
         self.train_mode()
@@ -144,19 +156,27 @@ class Adapter:
         options, module = self.opts.network, self.plan.module
         rest = (None, self._text_encoder, self.family.denoiser)
         arguments = options.arguments
-        if options.dim_from_weights:
-            with KohyaFile(str(options.network_weights), self.family.spec.name, "--network_weights") as path:
-                made, _ = module.create_network_from_weights(1.0, str(path), *rest, **arguments)
-        else:
-            made = module.create_network(
-                1.0,
-                options.network_dim,
-                options.network_alpha,
-                *rest,
-                neuron_dropout=options.network_dropout,
-                **arguments,
-            )
-        return require_network(made, options.network_module or "")
+        function = "create_network_from_weights" if options.dim_from_weights else "create_network"
+        with calling(self._name, function), ExitStack() as stack:
+            if not options.dim_from_weights:
+                made = module.create_network(
+                    1.0,
+                    options.network_dim,
+                    options.network_alpha,
+                    *rest,
+                    neuron_dropout=options.network_dropout,
+                    **arguments,
+                )
+            else:
+                file = KohyaFile(
+                    str(options.network_weights),
+                    self.family.spec.name,
+                    "--network_weights",
+                    foreign=not options.is_known_module,
+                )
+                path = str(stack.enter_context(file))
+                made, _ = module.create_network_from_weights(1.0, path, *rest, **arguments)
+        return require_network(made, self._name)
 
     def _enable_checkpointing(self) -> None:
         if not self.opts.memory.gradient_checkpointing:
@@ -168,8 +188,12 @@ class Adapter:
             self.network.enable_gradient_checkpointing()
 
     @property
+    def _name(self) -> str:
+        return self.opts.network.network_module or ""
+
+    @property
     def _where(self) -> str:
-        return f"--network_module {self.opts.network.network_module}"
+        return f"--network_module {self._name}"
 
     @property
     def _text_encoder(self) -> Any:
@@ -188,7 +212,8 @@ class Adapter:
     def param_groups(self) -> list[ParamGroup]:
         """Return the groups that the network itself makes."""
         options, rate = self.opts.network, self.opts.optimizer.learning_rate
-        groups, names = optimizer_groups(self.network, options.text_encoder_lr, options.unet_lr, rate)
+        with calling(self._name, "prepare_optimizer_params"):
+            groups, names = optimizer_groups(self.network, options.text_encoder_lr, options.unet_lr, rate)
         self._freeze_unused()
         if not groups:
             raise UserError("has nothing to train with these learning rates", where=self._where)
@@ -207,6 +232,11 @@ class Adapter:
                 adapter.requires_grad_(False)
 
     # In training ---------------------------------------------------------------------------------------------------
+
+    def accumulate_in_place(self) -> None:
+        """Tell networks of ours that gradients are rows that stay."""
+        if hasattr(self.network, "accumulate_in_place"):
+            self.network.accumulate_in_place()
 
     def train_mode(self) -> None:
         """Training mode for the network; the model stays in evaluation mode."""
@@ -274,8 +304,6 @@ class Adapter:
     def _set_multiplier(self, multiplier: float) -> None:
         if multiplier == self._multiplier:
             return
-        if not hasattr(self.network, "set_multiplier"):
-            raise UserError("cannot change its strength, as network_multiplier of the data asks", where=self._where)
         self.network.set_multiplier(multiplier)
         self._multiplier = multiplier
 
@@ -318,4 +346,5 @@ class Adapter:
         self, target: Path, kind: str, precision: torch.dtype | None, metadata: dict[str, str], *, epoch: int, step: int
     ) -> Path:
         """Write the network for use and return its path; `target` has no suffix."""
-        return save_network(self.network, target.with_name(f"{target.name}.{kind}"), precision, metadata)
+        with calling(self._name, "save_weights"):
+            return save_network(self.network, target.with_name(f"{target.name}.{kind}"), precision, metadata)

@@ -43,6 +43,9 @@ class Method(Protocol):
     def param_groups(self) -> list[ParamGroup]:
         """Return the parameter groups of the optimizer, in the reference's order."""
 
+    def accumulate_in_place(self) -> None:
+        """Take note that gradients stay where they are for the whole run, so backward passes may add to them."""
+
     def enter_step(self, step: int) -> bool:
         """Freeze what stops training at this update; True when the trained set changed."""
 

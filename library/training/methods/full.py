@@ -84,6 +84,9 @@ class FullTune:
         names = {"unet": ("unet", self.learning_rate), "text_encoder": ("text_encoder1", rate_te)}
         return [ParamGroup(names[name][0], params, names[name][1]) for name, params in parameters.items()]
 
+    def accumulate_in_place(self) -> None:
+        """Nothing to do: autograd does so where gradients stay."""
+
     def enter_step(self, step: int) -> bool:
         """Freeze the text encoder when `--stop_text_encoder_training` updates are done."""
         if not self.text_active or self.stop_step is None or step < self.stop_step:
