@@ -1,12 +1,10 @@
 """What a LoRA step costs beyond forward and backward of the bare, frozen U-Net.
 
 train_network.py runs as a person runs it (networks.lora, rank 16, latents cached); the denominator is one forward and
-backward pass of the same U-Net without adapters, towards its input, and nothing else: no loss weights, no optimizer. `--size
-full` is SD 1.5 in float32 with 256x256 pictures; `--size tiny` keeps all layers, with few channels, at 64 pixels: the
+backward pass of diffusers' U-Net with the same weights, towards its input, and nothing else: no optimizer. `--size full` is SD 1.5 in float32 with 256x256 pictures; `--size tiny` keeps all layers, with few channels, at 64 pixels: the
 time that one CPU thread needs to issue a step.
 
-After each update the adapters leave the model for one bare pass, so that whatever else the machine does meets both
-alike. Medians of CPU seconds of the whole process with one thread of torch.
+A bare pass follows each update, so that whatever else the machine does meets both alike. Medians of CPU seconds of the whole process with one thread of torch.
 
     python benchmarks/network_overhead.py
     python benchmarks/network_overhead.py --size full
@@ -42,16 +40,21 @@ class BarePass:
 
     def __init__(self, training: Any, pixels: int) -> None:
         import torch
+        from diffusers import UNet2DConditionModel
 
-        self.network, self.unet = training.method.network, training.family.unet
+        own = training.family.unet
+        with torch.device("meta"):
+            self.unet = UNet2DConditionModel.from_config(dict(own.config))
+        # As diffusers makes it, with the same weights.
+        self.unet.load_state_dict(own.state_dict(), assign=True)
+        self.unet.requires_grad_(False).eval()
         self.latents = torch.randn(1, 4, pixels // 8, pixels // 8).requires_grad_()
         self.hidden = torch.randn(1, 77, self.unet.config.cross_attention_dim)
         self.timestep = torch.tensor([500])
         self.gradient = torch.randn(1, 4, pixels // 8, pixels // 8)
 
     def run(self, times: Times) -> None:
-        """Make one pass without adapters."""
-        self.network.set_enabled(False)
+        """Make one pass."""
         new_update(times, PARTS)
         with clocked(times, WHOLE):
             with clocked(times, FORWARD):
@@ -59,7 +62,6 @@ class BarePass:
             with clocked(times, BACKWARD):
                 out.backward(self.gradient)
         self.latents.grad = None
-        self.network.set_enabled(True)
 
 
 def watch_training(ours: Times, bare: Times, pixels: int) -> None:

@@ -55,7 +55,7 @@ class DoraAdapter(LoraAdapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer with its adapter."""
-        if not (self.fused is adapted_linear and self.bare and not self.dropping and self.multiplier == 1.0):
+        if not (self.fused and self.bare and not self.dropping and self.multiplier == 1.0):
             return self.inner(x) + self.change(x)
         layer, stretch = self.layer, self._stretch()
         down, up = self.lora_down.weight, self.lora_up.weight

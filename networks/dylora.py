@@ -106,8 +106,8 @@ class DyloraAdapter(LoraAdapter):
             drawn = number_below(len(self.gains))
             strength *= self.gains[drawn]
         down, up = self.lora_down.up_to(drawn), self.lora_up.up_to(drawn)
-        if self.fused is not None and self.bare and not self.dropping and x.is_contiguous():
-            return self.fused(x, layer.weight, layer.bias, down, up, strength)
+        if self.fused and self.bare and not self.dropping:
+            return adapted_linear(x, layer.weight, layer.bias, down, up, strength)
         low = self.drop(layer_product(layer, x, down)) * (strength * self.kept(x))
         return self.inner(x) + channel_product(layer, low, up.flatten(1))
 

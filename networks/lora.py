@@ -19,7 +19,7 @@ from networks.adapter_network import AdapterNetwork
 from networks.block_weights import BLOCK_KEYS, BLOCK_LISTS, block_plan, block_problems, layout_of
 from networks.chance import uniform
 from networks.from_weights import alpha_in, network_from_weights
-from networks.low_rank import Into, adapted_linear, adapted_pointwise, layer_product, limit_product
+from networks.low_rank import Into, adapted_linear, layer_product, limit_product
 from networks.network_args import Keys, read_arguments
 from networks.targets import CONV_CLASSES, TRANSFORMER_CLASSES, Target, base_of, text_targets, unet_targets
 
@@ -58,14 +58,6 @@ class Factor(nn.Module):
         self.held: Any = self._parameters if trained else self._buffers
 
 
-def _fused_product(layer: Any) -> Callable[..., Tensor] | None:
-    """Return what computes a layer and its adapter in one go; None for convolutions that look at neighbours."""
-    if isinstance(layer, nn.Linear):
-        return adapted_linear
-    plain = layer.groups == 1 and all(set(of) == {1} for of in (layer.kernel_size, layer.stride))
-    return adapted_pointwise if plain and set(layer.padding) == {0} else None
-
-
 class LoraAdapter(Adapter):
     """LoRA of a linear layer or of a convolution, whose first factor then has its kernel, stride and padding."""
 
@@ -78,7 +70,7 @@ class LoraAdapter(Adapter):
         self.lora_down = Factor(self.first_values((rank, *ins)), trained=self.trains_down)
         self.lora_up = Factor(torch.zeros((outs, rank, *(1 for _ in ins[1:])), device="cpu"))
         # The fused product is for layers that compute nothing but their class's product.
-        self.fused = _fused_product(self.layer)
+        self.fused = isinstance(self.layer, nn.Linear)
         self.into: Into = None
         self.held = self.lora_down.held, self.lora_up.held
 
@@ -89,11 +81,11 @@ class LoraAdapter(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer with its adapter."""
-        if self.fused is not None and self.bare and not self.dropping and x.is_contiguous():
+        if self.fused and self.bare and not self.dropping:
             # Past the attribute lookup of modules, which takes longer than a small product.
             own, (down, up) = self.layer._parameters, self.held
             strength = self.multiplier * self.scale
-            return self.fused(x, own["weight"], own["bias"], down["weight"], up["weight"], strength, self.into)
+            return adapted_linear(x, own["weight"], own["bias"], down["weight"], up["weight"], strength, self.into)
         return self.inner(x) + self.change(x)
 
     def accumulate_in_place(self) -> None:

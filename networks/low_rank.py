@@ -51,27 +51,29 @@ def channel_product(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
 Into: TypeAlias = "tuple[Tensor, Tensor] | None"
 """Gradients of `down` and `up` that a backward pass adds to; None: it hands them to autograd."""
 
+How: TypeAlias = tuple[float, Into]
+"""Scale of the adapter, and where its gradients go."""
+
 
 class _AdaptedLinear(torch.autograd.Function):
     """Backward, with g = scale * dy up: dx = dy W + g down, d_up = scale * dy^T (x down^T), d_down = g^T x."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, into: Into
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, how: How) -> Tensor:
+        scale, _ = how
         x, weight, bias, down, up = _alike(ctx, x, weight, bias, down, up)
         low = F.linear(x, down)
         y = F.linear(x, weight, bias)
         y.view(-1, y.shape[-1]).addmm_(low.view(-1, low.shape[-1]), up.t(), alpha=scale)
         # A frozen `down` (LoRA-FA) spares keeping the input.
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, low)
-        ctx.held = weight, down, up, scale, into
+        ctx.held = weight, down, up, how
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, low = ctx.saved_tensors
-        weight, down, up, scale, into = ctx.held
+        weight, down, up, (scale, into) = ctx.held
         dy, low = grad.reshape(-1, grad.shape[-1]), low.view(-1, low.shape[-1])
         # With beta=0 the first argument only lends its shape: a product and its factor in one call.
         low_grad = torch.addmm(low, dy, up, beta=0, alpha=scale)
@@ -87,44 +89,6 @@ class _AdaptedLinear(torch.autograd.Function):
             return _as_given(ctx, dx, None, None)
         d_down = torch.mm(low_grad.t(), x.reshape(-1, x.shape[-1])) if x is not None else None
         d_up = torch.addmm(up, dy.t(), low, beta=0, alpha=scale) if ctx.needs_input_grad[4] else None
-        return _as_given(ctx, dx, d_down, d_up)
-
-
-class _AdaptedPointwise(torch.autograd.Function):
-    """The same for a 1x1 convolution without stride: matrices act on the channels of x, [B, in, pixels]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, into: Into
-    ) -> Tensor:
-        x, weight, bias, down, up = _alike(ctx, x, weight, bias, down, up)
-        y = F.conv2d(x, weight, bias)
-        weight, down, up = weight.flatten(1), down.flatten(1), up.flatten(1)
-        batch = x.shape[0]
-        low = torch.bmm(down.expand(batch, -1, -1), x.flatten(2))
-        y.flatten(2).baddbmm_(up.expand(batch, -1, -1), low, alpha=scale)
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, low)
-        ctx.held = weight, down, up, scale, into
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, low = ctx.saved_tensors
-        weight, down, up, scale, into = ctx.held
-        dy, batch = grad.flatten(2), grad.shape[0]
-        low_grad = torch.baddbmm(low, up.t().expand(batch, -1, -1), dy, beta=0, alpha=scale)
-        dx = d_down = d_up = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.bmm(weight.t().expand(batch, -1, -1), dy).baddbmm_(down.t().expand(batch, -1, -1), low_grad)
-            dx = dx.view(batch, -1, *grad.shape[2:])
-        if x is not None:
-            d_down = torch.bmm(low_grad, x.flatten(2).transpose(1, 2)).sum(0)[:, :, None, None]
-        if ctx.needs_input_grad[4]:
-            d_up = torch.bmm(dy, low.transpose(1, 2)).sum(0).mul_(scale)[:, :, None, None]
-        if into is not None:
-            into[0].add_(d_down)
-            into[1].add_(d_up)
-            d_down = d_up = None
         return _as_given(ctx, dx, d_down, d_up)
 
 
@@ -145,7 +109,7 @@ def _as_given(ctx: Any, dx: Tensor | None, d_down: Tensor | None, d_up: Tensor |
     if ctx.dtypes is not None:
         found = zip((dx, d_down, d_up), ctx.dtypes, strict=True)
         dx, d_down, d_up = (None if tensor is None else tensor.to(dtype) for tensor, dtype in found)
-    return dx, None, None, d_down, d_up, None, None
+    return dx, None, None, d_down, d_up, None
 
 
 def adapted_linear(
@@ -165,24 +129,7 @@ def adapted_linear(
         scale: factor of the adapter.
         into: gradients of `down` and `up` to add to, of their shapes; autograd then hears of none.
     """
-    return _AdaptedLinear.apply(x, weight, bias, down, up, scale, into)
-
-
-def adapted_pointwise(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, into: Into = None
-) -> Tensor:
-    """Do for a 1x1 convolution what `adapted_linear` does for a linear layer.
-
-    Args:
-        x: [B, in, h, w], contiguous.
-        weight: [out, in, 1, 1], frozen.
-        bias: [out] or None, frozen.
-        down: [r, in, 1, 1].
-        up: [out, r, 1, 1].
-        scale: factor of the adapter.
-        into: as in `adapted_linear`.
-    """
-    return _AdaptedPointwise.apply(x, weight, bias, down, up, scale, into)
+    return _AdaptedLinear.apply(x, weight, bias, down, up, (scale, into))
 
 
 def limit_product(norm: Tensor, max_norm: float, factors: Sequence[Tensor]) -> Tensor:

@@ -26,7 +26,7 @@ from networks.merge_parts import (  # noqa: E402
     read_ingredients,
     spec_of,
 )
-from networks.tool_parts import check_not_read, check_target, dtype_of, lora_modelspec  # noqa: E402
+from networks.tool_parts import check_output, check_target, dtype_of, lora_modelspec  # noqa: E402
 
 if TYPE_CHECKING:
     from library.checkpoints.detect import CheckpointInfo
@@ -77,7 +77,7 @@ class Options(OptionSet):
         """A LoRA file needs a suffix of one; a checkpoint is checked when the model has been looked at."""
         chosen, model = self.ingredients, self.merging.sd_model
         if model:
-            yield from check_not_read("--save_to", chosen.save_to, (model, *chosen.models))
+            yield from check_output("--save_to", chosen.save_to, (model, *chosen.models))
         else:
             yield from check_target(chosen.save_to, chosen.models)
 

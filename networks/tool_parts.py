@@ -44,14 +44,22 @@ def check_target(path: str | None, sources: Iterable[str | None] = ()) -> Iterat
         yield Problem(f"--save_to {path}", "is a folder", "Give the name of a file.")
     elif target.suffix not in (".safetensors", ".ckpt", ".pt"):
         yield Problem(f"--save_to {path}", "has no suffix of a LoRA file", "End it with .safetensors (or .ckpt, .pt).")
-    yield from check_not_read("--save_to", path, sources)
+    yield from check_output("--save_to", path, sources)
 
 
-def check_not_read(option: str, path: str | None, sources: Iterable[str | None]) -> Iterator[Problem]:
-    """Yield a problem when what `option` says to write is one of the files or folders that are read."""
-    real = os.path.realpath(path) if path else None
+def check_output(option: str, path: str | None, sources: Iterable[str | None]) -> Iterator[Problem]:
+    """Yield a problem when what `option` names cannot be written, or is one of the files or folders that are read."""
+    if not path:
+        return
+    real = os.path.realpath(path)
     if any(source and os.path.realpath(source) == real for source in sources):
         yield Problem(f"{option} {path}", "is the file that is read", "Choose another name.")
+    # Missing folders are made when the result is there.
+    folder = next(parent for parent in Path(real).parents if parent.exists())
+    if not folder.is_dir():
+        yield Problem(f"{option} {path}", f"{folder} is a file, not a folder", "Choose another name.")
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        yield Problem(f"{option} {path}", f"cannot write into {folder}", "Check its permissions or choose another.")
 
 
 def dtype_of(precision: str | None) -> torch.dtype | None:

@@ -24,7 +24,7 @@ from library import cli  # noqa: E402
 from library.errors import Problem, UserError  # noqa: E402
 from library.option_groups import OptionGroup, OptionSet, opt  # noqa: E402
 from library.option_values import BadValue  # noqa: E402
-from networks.tool_parts import PRECISIONS, check_not_read, dtype_of  # noqa: E402
+from networks.tool_parts import PRECISIONS, check_output, dtype_of  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -136,7 +136,7 @@ class ConvertOptions(OptionGroup, title="conversion"):
         if kind == FOLDER and target.is_dir() and any(target.iterdir()) and not (target / "model_index.json").is_file():
             hint = "Writing there would replace everything in it: name a new folder inside it."
             yield Problem(f"model_to_save {target}", "is a folder that holds something else than a model", hint)
-        yield from check_not_read("model_to_save", self.model_to_save, (self.model_to_load, self.reference_model))
+        yield from check_output("model_to_save", self.model_to_save, (self.model_to_load, self.reference_model))
         if self.metadata and kind in (FOLDER, "ckpt"):
             yield Problem(
                 "--metadata", "only .safetensors files hold metadata", "Save as .safetensors or leave it out."

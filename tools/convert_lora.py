@@ -22,7 +22,7 @@ from library import cli  # noqa: E402
 from library.errors import Problem, UserError  # noqa: E402
 from library.log import safe_text  # noqa: E402
 from library.option_groups import OptionGroup, OptionSet, opt  # noqa: E402
-from networks.tool_parts import PRECISIONS, check_not_read, dtype_of  # noqa: E402
+from networks.tool_parts import PRECISIONS, check_output, dtype_of  # noqa: E402
 
 if TYPE_CHECKING:
     from library.checkpoints.lora_export import Exported
@@ -60,7 +60,7 @@ class ConvertOptions(OptionGroup, title="conversion"):
             yield Problem("--to", "is required", f"Give one of {', '.join(LAYOUTS)}.")
         if self.dst and (Path(self.dst).is_dir() or Path(self.dst).suffix.lower() not in _SUFFIXES):
             yield Problem(self.dst, "is no name of a LoRA file", f"End it with one of {', '.join(_SUFFIXES)}.")
-        yield from check_not_read("dst", self.dst, (self.src,))
+        yield from check_output("dst", self.dst, (self.src,))
 
 
 @dataclass(frozen=True, kw_only=True)

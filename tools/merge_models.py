@@ -22,7 +22,7 @@ if __package__ in (None, ""):
 from library import cli  # noqa: E402
 from library.errors import Problem, UserError, raise_problems  # noqa: E402
 from library.option_groups import OptionGroup, OptionSet, opt  # noqa: E402
-from networks.tool_parts import PRECISIONS, check_not_read, device_of, dtype_of, missing_options  # noqa: E402
+from networks.tool_parts import PRECISIONS, check_output, device_of, dtype_of, missing_options  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +71,8 @@ class MergeOptions(OptionGroup, title="merging"):
             yield Problem("--ratios", what, "Give one for each model, or none for equal shares.")
         if self.output and (Path(self.output).suffix.lower() not in _SUFFIXES or Path(self.output).is_dir()):
             yield Problem(f"--output {self.output}", "is no name of a checkpoint file", "End it with .safetensors.")
-        yield from check_not_read("--output", self.output, self.models)
+        # It may replace one of the models: the result appears when it is complete.
+        yield from check_output("--output", self.output, ())
 
     def warn(self) -> Iterator[Problem]:
         """Ratios usually add up to one."""

@@ -45,7 +45,7 @@ def fit(run: Run, family: ModelFamily, method: Method, data: TrainingData, opts:
 
 @contextmanager
 def long_lived_objects() -> Iterator[None]:
-    """Keep the garbage collector from walking through models and libraries, which live as long as the run, at each step."""
+    """Keep the garbage collector from walking through models and libraries, which live as long as the run."""
     gc.collect()
     gc.freeze()
     try:

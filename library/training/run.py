@@ -163,7 +163,9 @@ class Run:
         with warnings.catch_warnings():
             # New versions of torch give an argument of accelerate's another name.
             warnings.simplefilter("ignore", FutureWarning)
-            return self.accelerator.prepare_model(step)
+            # Everything is in its place. To accelerate the processor is "cpu:0", so moving would copy the parameters,
+            # and rows of them (`FlatParameters`) would be left behind.
+            return self.accelerator.prepare_model(step, device_placement=False)
 
     def _resolve_seed(self) -> int:
         """Return `--seed`, else that of the state that is resumed, else a fresh one, which is told."""

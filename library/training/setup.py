@@ -97,7 +97,9 @@ def set_up(run: Run, family: ModelFamily, method: Method, data: TrainingData, op
     begin = run.begin
     method.attach()
     groups = method.param_groups()
-    built = build_optimizer(opts.optimizer, groups, flat=method.flat_parameters and not opts.distributed.deepspeed)
+    # Rows need gradients that stay where they are: DDP's own buckets and DeepSpeed's engine would replace them.
+    moved = opts.distributed.deepspeed or opts.distributed.ddp_gradient_as_bucket_view
+    built = build_optimizer(opts.optimizer, groups, flat=method.flat_parameters and not moved)
     if built.flat is not None and run.world_size == 1 and not opts.memory.torch_compile:
         method.accumulate_in_place()
     lr_schedule = build_lr_schedule(opts.schedule, opts.optimizer, built, begin.length.total_steps)

@@ -249,7 +249,9 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """
     found = {}
     for path, child in module.named_modules(remove_duplicate=False):
-        kept = {name: buffer for name, buffer in child._buffers.items() if name not in child._non_persistent_buffers_set}
+        kept = {
+            name: buffer for name, buffer in child._buffers.items() if name not in child._non_persistent_buffers_set
+        }
         for name, tensor in (*child._parameters.items(), *kept.items()):
             if tensor is not None:
                 found[f"{path}.{name}" if path else name] = tensor.detach()

@@ -160,7 +160,9 @@ class Tracker:
         if position.step % self._log_options.log_every_n_steps == 0:
             self.write({**values, "loss/current": loss, "loss/average": average}, position.step)
         if epoch_ended:
-            self.write({"loss/epoch": average}, position.step, epoch=position.epoch)
+            # Scripts of this kind have two names for it; whoever looks for either finds it.
+            averages = {"loss/epoch": average, "loss/epoch_average": average}
+            self.write(averages, position.step, epoch=position.epoch)
         if self._bar is not None:
             self._bar.set_postfix(avr_loss=average, refresh=False)
             self._bar.update(1)

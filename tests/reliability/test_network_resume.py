@@ -208,7 +208,9 @@ def test_an_interrupt_saves_state_and_network(fork_server, tiny_sd1, photo_folde
 
 def test_two_processes_do_what_accumulation_does_and_resume_exactly(tiny_sd1, photo_folders, tmp_path):
     """Dropouts too: what is drawn follows from the micro-batch, whoever computes it."""
-    more = ("--network_dropout=0.2", "--clip_skip=2", "--cache_latents")
+    # Of gradients that are rounding errors AdamW makes whole steps, unless its epsilon is large.
+    more = ("--network_dropout=0.2", "--clip_skip=2", "--cache_latents", "--max_grad_norm=0")
+    more += ("--optimizer_args", "eps=0.01")
 
     def torchrun(out: Path, *argv: str) -> None:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
@@ -220,11 +222,15 @@ def test_two_processes_do_what_accumulation_does_and_resume_exactly(tiny_sd1, ph
 
     two, again, one = tmp_path / "two", tmp_path / "again", tmp_path / "one"
     torchrun(two, "--save_state", "--save_every_n_steps=2")
+    # Buckets of DDP's own make no difference without clipping, whose norm is summed up in another order then.
     torchrun(again, f"--resume={two / 'duck-step00000002-state'}", "--ddp_gradient_as_bucket_view")
     assert tensor_digest(again / FINAL) == tensor_digest(two / FINAL)
     argv = options(tiny_sd1, photo_folders, one, *more, "--gradient_accumulation_steps=2", "--save_every_n_steps=1")
     assert train_network(*argv) == 0
     left, right = load_file(one / FINAL), load_file(two / FINAL)
-    for name, tensor in left.items():
-        moved = max(1e-2, tensor.abs().max().item()) if "lora_up" in name else 1e-2
-        assert (tensor - right[name]).abs().max().item() <= 0.02 * moved, name
+    first = load_file(one / "duck-step00000001.safetensors")
+    for part in ("lora_unet", "lora_te"):
+        names = [name for name in left if name.startswith(part) and "lora_up" in name]
+        moved = max((left[name] - first[name]).abs().max().item() for name in names)
+        assert moved > 1e-4
+        assert max((left[name] - right[name]).abs().max().item() for name in names) < 0.02 * moved, part

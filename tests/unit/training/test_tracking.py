@@ -116,7 +116,7 @@ class TestTensorBoard:
         found = curves(folder / "dreambooth")
         assert found["loss"] == found["loss/current"] == [(step, float(step)) for step in range(1, 7)]
         assert found["loss/average"] == [(1, 1.0), (2, 1.5), (3, 2.0), (4, 3.0), (5, 4.0), (6, 5.0)]
-        assert found["loss/epoch"] == [(1, 2.0), (2, 5.0)]
+        assert found["loss/epoch"] == found["loss/epoch_average"] == [(1, 2.0), (2, 5.0)]
         assert (
             [step for step, _ in found["lr/unet"]]
             == [step for step, _ in found["images_per_second"]]
@@ -274,7 +274,7 @@ class TestWandb:
         tracker = run(tracker_of(tmp_path, **options))
         steps = [row[0] for row in wandb.rows if row != "finished"]
         assert steps == sorted(steps)
-        assert (6, {"loss/epoch": 5.0, "epoch": 2}) in wandb.rows
+        assert (6, {"loss/epoch": 5.0, "loss/epoch_average": 5.0, "epoch": 2}) in wandb.rows
         assert wandb.rows[-1] == "finished"
         assert wandb.keys == ["secret"]
         assert wandb.started[0]["project"] == "project"
