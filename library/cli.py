@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import platform
@@ -84,6 +85,10 @@ def run_script(
     except UserError as error:
         # All ranks read the same options: one of them reports.
         status = _user_error(error, quiet=log.process_rank() > 0)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        status = _user_error(_too_long(error), quiet=log.process_rank() > 0)
     else:
         status = _guarded(lambda: train(options))
     _write_summary(output_dir)
@@ -161,6 +166,8 @@ def _unexpected(error: Exception) -> int:
     if type(error).__name__ == "OutOfMemoryError":
         first = str(error).partition("\n")[0]
         return _user_error(UserError(f"out of GPU memory: {first}", _MEMORY_HINT))
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return _user_error(_too_long(error))
     if isinstance(error, OSError) and _is_disk_full(error):
         hint = "Free some space and go on with --resume latest."
         where = str(error.filename or "")
@@ -171,6 +178,12 @@ def _unexpected(error: Exception) -> int:
     sys.stderr.write(f"{prefix}versions: {versions()}\n")
     what = log.safe_text(f"{type(error).__name__}: {error}")
     return _finish("bug", EXIT_BUG, f"error: this is a bug in the toolkit, please report the lines above: {what}")
+
+
+def _too_long(error: OSError) -> UserError:
+    """Return the error of the user behind a name that no file can have, which any look at the disk may come upon."""
+    name = str(error.filename or "")
+    return UserError(f"a name of {len(name)} characters is too long for a file", where=f"{name[:60]}...")
 
 
 def _is_disk_full(error: OSError) -> bool:

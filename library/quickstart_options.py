@@ -38,3 +38,5 @@ class QuickstartOptions(OptionGroup, title="quickstart"):
             yield Problem(missing[0], "is required too", "Give --model, --images and --prompt together.")
         if self.images and not Path(self.images).is_dir():
             yield Problem("--images", f"{self.images} is not a folder")
+        elif self.images and not any(path.is_file() for path in Path(self.images).iterdir()):
+            yield Problem("--images", f"there is no file in {self.images}", "Give the folder that holds the pictures.")

@@ -20,7 +20,7 @@ from library.errors import Problem, UserError, raise_problems
 from networks.adapter_network import AdapterNetwork
 from networks.chance import number_below
 from networks.lora import LoraAdapter, build_network, network_like
-from networks.low_rank import channel_product, layer_product, limit_product
+from networks.low_rank import adapted_linear, channel_product, layer_product, limit_product
 from networks.network_args import (
     CONV_KEYS,
     DEFAULT_RANK,

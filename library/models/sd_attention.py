@@ -50,11 +50,13 @@ class SlimProcessor(AttnProcessor2_0):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        **more: Any,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         """Return the attention of [B,n,C] to itself or to [B,m,D], as [B,n,C]."""
-        if more or attention_mask is not None or hidden_states.dim() != 3:
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, **more)
+        if attention_mask is not None or args or kwargs or hidden_states.dim() != 3:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         batch, heads = hidden_states.shape[0], attn.heads
         query, key, value = (
@@ -68,12 +70,9 @@ class SlimProcessor(AttnProcessor2_0):
 def is_plain(attention: Attention) -> bool:
     """Whether an attention layer does nothing but attend: no norms, no residual, no scaling, no dropout."""
     absent = ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross")
-    return (
-        not any(getattr(attention, name, None) for name in absent)
-        and not attention.residual_connection
-        and attention.rescale_output_factor == 1
-        and attention.to_out[1].p == 0
-    )
+    unscaled = attention.rescale_output_factor == 1 and not attention.residual_connection
+    dropout: Any = attention.to_out[1]
+    return unscaled and dropout.p == 0 and not any(getattr(attention, name, None) for name in absent)
 
 
 class TimeEmbedding(TimestepEmbedding):
@@ -115,7 +114,7 @@ def set_attention(unet: nn.Module, backend: str) -> None:
     if backend == "xformers":
         unet.enable_xformers_memory_efficient_attention()  # type: ignore[operator]
         return
-    slim = SlimProcessor()
+    slim: Any = SlimProcessor()
     for module in unet.modules():
         if isinstance(module, CrossAttention) and is_plain(module):
             module.set_processor(slim)

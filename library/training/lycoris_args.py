@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.errors import Problem
@@ -45,7 +45,7 @@ def lycoris_problems(module: ModuleType, arguments: Mapping[str, str]) -> Iterat
                 yield Problem(_WHERE, f"{key}: {error}")
     yield from _unknown_word("algo", arguments.get("algo", "").lower(), getattr(module, "network_module_dict", ()))
     preset = arguments.get("preset", "")
-    if not Path(preset).is_file():
+    if not os.path.isfile(preset):  # False for what cannot be a name, too
         yield from _unknown_word("preset", preset, getattr(module, "PRESET", ()), or_file=True)
 
 

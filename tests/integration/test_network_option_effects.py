@@ -154,17 +154,17 @@ def test_what_checkpointing_keeps_lies_in_main_memory(runs, monkeypatch):
 
 def test_weights_kept_in_8_bits(runs, monkeypatch):
     """Of the U-Net, or of both; what is trained has none."""
-    from library.training.step import TrainStep
+    from library.training.methods.adapter import Adapter
 
     seen = {}
-    forward = TrainStep.forward
+    before = Adapter.before_micro_step
 
     def spy(self, batch):
         for name, part in self.family.parts().items():
             seen[name] = {weight.dtype for weight in part.parameters()}
-        return forward(self, batch)
+        before(self, batch)
 
-    monkeypatch.setattr(TrainStep, "forward", spy)
+    monkeypatch.setattr(Adapter, "before_micro_step", spy)
     for option, parts in (("--fp8_base_unet", {"unet"}), ("--fp8_base", {"unet", "text_encoder"})):
         saved = load_file(runs(option, "--mixed_precision=bf16"))
         assert {name for name in seen if torch.float8_e4m3fn in seen[name]} == parts
@@ -236,7 +236,7 @@ def test_cached_texts(runs, tree, tmp_path, encoded):
     assert len(files) == 3 and encoded
     encoded.clear()
     digests.add(runs.digest(to_disk))
-    assert sum(encoded) <= 1  # no caption; the empty one tells sizes
+    assert encoded == [1, 1]  # the empty caption alone: no file is for it, and it tells sizes
     assert len(digests) == 1
 
 

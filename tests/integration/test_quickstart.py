@@ -61,3 +61,8 @@ def test_it_trains_a_whole_model_when_asked(tiny_sd1, own_pictures, tmp_path, ca
 def test_half_of_what_it_needs_is_an_error(tmp_path, capfd):
     assert run("--model", "x.safetensors") == 2
     assert "--images" in capfd.readouterr().err
+
+
+def test_a_folder_of_folders_is_an_error(own_pictures, tmp_path, capfd):
+    assert run("--model", "x.safetensors", "--images", own_pictures.parent, "--prompt", "sks robot") == 2
+    assert "folder that holds the pictures" in capfd.readouterr().err

@@ -119,6 +119,7 @@ def with_nan(path: Path, source: Path) -> None:
 SOURCES = {
     "missing": ("gone.safetensors", lambda path, _: None, "no such file"),
     "an empty folder": ("folder.safetensors", lambda path, _: path.mkdir(), "folder"),
+    "too long a name": ("n" * 300 + ".safetensors", lambda path, _: None, "nnnnn"),
     "cut": ("cut.safetensors", lambda path, source: path.write_bytes(source.read_bytes()[:-9]), "incomplete"),
     "empty": ("empty.safetensors", lambda path, _: path.write_bytes(b""), "empty"),
     "a web page": ("page.safetensors", lambda path, _: path.write_text("<html>404</html>"), "HTML"),
@@ -143,7 +144,7 @@ def test_wrong_lora_files(place, tmp_path, name, source):
         assert place.run(LORA_TOOLS[name], src=tmp_path / file)[0] == 0
         return
     said = place.refused(LORA_TOOLS[name], src=tmp_path / file)
-    assert file in said and word in said
+    assert file[:20] in said and word in said
     assert not (tmp_path / "executed").exists()
 
 
@@ -153,7 +154,7 @@ def test_wrong_models(place, tmp_path, name, source):
     file, make, word = SOURCES[source]
     make(tmp_path / file, place.model)
     said = place.refused(MODEL_TOOLS[name], src=tmp_path / file)
-    assert file in said and word in said
+    assert file[:20] in said and word in said
     assert not (tmp_path / "executed").exists()
 
 
