@@ -183,7 +183,7 @@ def _unexpected(error: Exception) -> int:
 def _too_long(error: OSError) -> UserError:
     """Return the error of the user behind a name that no file can have, which any look at the disk may come upon."""
     name = str(error.filename or "")
-    return UserError(f"a name of {len(name)} characters is too long for a file", where=f"{name[:60]}...")
+    return UserError(f"a name of {len(name)} characters is too long for a file", where=f"...{name[-60:]}")
 
 
 def _is_disk_full(error: OSError) -> bool:

@@ -29,7 +29,7 @@ class CrossAttention(Attention):
         attention_mask: Tensor | None = None,
         **cross_attention_kwargs: Any,
     ) -> Tensor:
-        """Call the processor; diffusers' own method looks up the names of its arguments each time, which takes longer."""
+        """Call the processor. diffusers' own method looks up the names of its arguments first, each time anew."""
         if cross_attention_kwargs:
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
         return self.processor(

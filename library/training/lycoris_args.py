@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.errors import Problem
@@ -45,8 +45,15 @@ def lycoris_problems(module: ModuleType, arguments: Mapping[str, str]) -> Iterat
                 yield Problem(_WHERE, f"{key}: {error}")
     yield from _unknown_word("algo", arguments.get("algo", "").lower(), getattr(module, "network_module_dict", ()))
     preset = arguments.get("preset", "")
-    if not os.path.isfile(preset):  # False for what cannot be a name, too
+    if not _is_file(preset):
         yield from _unknown_word("preset", preset, getattr(module, "PRESET", ()), or_file=True)
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # no name that a file could have
+        return False
 
 
 def _unknown_word(key: str, word: str, known: Collection[str], *, or_file: bool = False) -> Iterator[Problem]:
