@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from tests.support import tensor_digest, train_network
 
+
 @pytest.fixture
 def losses(monkeypatch):
     """The losses of all micro-batches."""
@@ -116,8 +117,8 @@ def test_sizes_from_a_file_leave_the_other_arguments_alone(run, trained, methods
 
 def test_base_weights_become_part_of_the_model(run, trained, tmp_path, tiny_sd1, methods):
     """W + 0.5 * scale * up @ down of the first file, then the second (in another layout) at strength 1."""
-    from library.checkpoints.lora_names import module_names
     from library.checkpoints.load import load_parts
+    from library.checkpoints.lora_names import module_names
 
     second = converted(trained, tmp_path / "peft.safetensors", "peft")
     run("merged", "--network_dim=2", "--base_weights", str(trained), str(second), "--base_weights_multiplier=0.5")

@@ -1,4 +1,4 @@
-"""Two updates of networks.lora, from the command line to the saved file, equal steps that were written independently."""
+"""Two updates of networks.lora, from the command line to the saved file, equal steps written independently."""
 
 from __future__ import annotations
 
@@ -194,9 +194,7 @@ PRESERVING = {
 
 
 @pytest.mark.parametrize("name", PRESERVING)
-def test_marked_images_are_to_be_drawn_as_the_bare_model_does(
-    folder, pictures, tmp_path, batches, monkeypatch, name
-):
+def test_marked_images_are_to_be_drawn_as_the_bare_model_does(folder, pictures, tmp_path, batches, monkeypatch, name):
     """In a mixed batch; after an update, so that the network does something."""
     from library.training.methods.adapter import Adapter
 

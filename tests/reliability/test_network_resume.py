@@ -66,7 +66,9 @@ VARIANTS = {
         f"{DROPOUTS} conv_dim=2 loraplus_lr_ratio=4 --gradient_accumulation_steps=2 --scale_weight_norms=0.1"
     ),
     "lora, a text layer that never runs, cached latents": "--clip_skip=2 --cache_latents --max_grad_norm=0.01",
-    "lora in bfloat16, an alpha that it rounds": "--full_bf16 --mixed_precision=bf16 --network_dim=3 --network_alpha=1.3",
+    "lora in bfloat16, an alpha that it rounds": (
+        "--full_bf16 --mixed_precision=bf16 --network_dim=3 --network_alpha=1.3"
+    ),
     "AdamW8bit": "--optimizer_type=AdamW8bit --optimizer_args min_8bit_size=16",
     "Adafactor": "--optimizer_type=Adafactor --lr_scheduler=constant --optimizer_args relative_step=False",
     "Prodigy": "--optimizer_type=Prodigy --learning_rate=1",
