@@ -20,13 +20,15 @@ class Options(NetworkTrainingOptions):
 
 
 def train(opts: Options) -> None:
-    """Data, then the network module, then the model: what is cheap to check fails before anything expensive starts."""
+    """The network module, then data, then the model: what is cheap to check fails before anything expensive starts."""
     from library.data.dataset import open_data
     from library.data.scan import ScanContext
     from library.models.specs import stable_diffusion_spec
     from library.models.tokenizer import tokenizers_for
+    from library.training.methods.adapter import NetworkPlan
 
     spec = stable_diffusion_spec(opts.model)
+    plan = None if opts.data.debug_dataset else NetworkPlan.of(opts)
     data = open_data(
         opts.data,
         opts.subset,
@@ -36,7 +38,7 @@ def train(opts: Options) -> None:
         tokenizers=tokenizers_for(spec, opts.text),
         context=ScanContext(opts.length.seed or 0, report_dir=opts.save.output_dir),
     )
-    if opts.data.debug_dataset:
+    if plan is None:
         from library.training.run_length import report_data
 
         report_data(data, opts)
@@ -45,10 +47,9 @@ def train(opts: Options) -> None:
     from library.models.sd import StableDiffusion
     from library.training.caching import fill_caches
     from library.training.loop import fit
-    from library.training.methods.adapter import Adapter, NetworkPlan
+    from library.training.methods.adapter import Adapter
     from library.training.run import Run
 
-    plan = NetworkPlan.of(opts)
     with Run(opts, data) as run:
         family = StableDiffusion.load(opts.model, opts.text, opts.memory, spec=spec, weights=run.weight_plan(()))
         plan.prepare(family)

@@ -45,9 +45,6 @@ class AdapterNetwork(nn.Module):
         self.multiplier = multiplier
         self._trained: set[Tensor] | None = None
         self.set_multiplier(multiplier)
-        logger.info(
-            "Network: %d layers of text encoders and %d of the U-Net", len(self.text_adapters), len(self.unet_adapters)
-        )
 
     @property
     def adapters(self) -> list[Adapter]:
@@ -81,6 +78,8 @@ class AdapterNetwork(nn.Module):
         for adapter in self.adapters:
             adapter.attach()
             self.add_module(adapter.name, adapter)
+        texts, unets = len(self.text_adapters), len(self.unet_adapters)
+        logger.info("network on %d layers of text encoders and %d of the U-Net", texts, unets)
 
     def set_multiplier(self, multiplier: float) -> None:
         """Set the strength of all adapters."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -211,12 +212,16 @@ def _give_back_memory() -> None:
 
 
 def _no_images(scan: FolderScan) -> Problem:
-    others = scan.listing.ignored_suffixes(scan.settings.extension)
-    if others:
+    listing = scan.listing
+    folders = sum(os.path.isdir(listing.path(name)) for name in listing.others)  # noqa: PTH112
+    others = listing.ignored_suffixes(scan.settings.extension)
+    if folders:
+        what = f"no images in this folder itself; it holds {folders} folders, which are not looked into"
+    elif others:
         found = ", ".join(f"{count} {suffix or 'files without suffix'}" for suffix, count in others.most_common(8))
         what = f"no images in this folder; found {found}"
     else:
-        what = "no images in this folder" + (f", {len(scan.listing.others)} other files" if scan.listing.others else "")
+        what = "no images in this folder" + (f", {len(listing.others)} other files" if listing.others else "")
     return Problem(printable(scan.folder), what, "Images are .png, .jpg, .jpeg, .webp, .bmp (and .avif) files.")
 
 

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import logging
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -88,9 +89,9 @@ def argument_problems(
 
 @contextmanager
 def calling(name: str, function: str) -> Iterator[None]:
-    """Context of a call into a network module: whatever one that is not ours raises there becomes one line.
+    """Context of a call into a network module: what goes wrong in the code of one that is not ours becomes one line.
 
-    An error in a module of ours is a bug of the toolkit, and is reported as such.
+    An error in a module of ours, or elsewhere, is a bug of the toolkit, and is reported as such.
 
     Args:
         name: of the module.
@@ -104,10 +105,18 @@ def calling(name: str, function: str) -> Iterator[None]:
     except (UserError, StopTraining):
         raise
     except Exception as error:  # noqa: BLE001 - a module of the user's own may fail in any way
-        if is_ours(name) or type(error).__name__ == "OutOfMemoryError":
+        if is_ours(name) or type(error).__name__ == "OutOfMemoryError" or not _passed_through(name, error):
             raise
         hint = f"{TRACEBACK_VARIABLE}=1 in the environment shows where."
         raise UserError(f"its {function} failed ({_short(error)})", hint, where=f"{_OPTION} {name}") from error
+
+
+def _passed_through(name: str, error: BaseException) -> bool:
+    """Whether an error came out of the code of a module or of its package, or lies in how it was called."""
+    package = name.partition(".")[0]
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    packages = {str(frame.f_globals.get("__name__", "")).partition(".")[0] for frame in frames}
+    return package in packages or isinstance(error, TypeError)
 
 
 def is_ours(name: str) -> bool:

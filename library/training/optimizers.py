@@ -244,7 +244,6 @@ def build_optimizer(optimizer: OptimizerOptions, groups: Sequence[ParamGroup], *
     given, problems = parse_arguments(optimizer.optimizer_args, _ARGS)
     raise_problems(problems)
     kwargs = settled_arguments(row, given)
-    _quieten(row)
     optimizer_class = import_class(row.import_path, where)
     _advise(name, row, optimizer, kwargs, groups)
     rows = _rows(groups) if flat and row.elementwise and not optimizer.fused_backward_pass else None
@@ -361,9 +360,3 @@ def _observed(row: OptimizerRow, made: Any) -> OptimizerRow:
     modes = all(callable(getattr(made, name, None)) for name in ("train", "eval"))
     skips = row.skips_on_device and bool(made.defaults.get("fused"))
     return replace(row, has_eval_mode=modes, skips_on_device=skips)
-
-
-def _quieten(row: OptimizerRow) -> None:
-    if row.package == "bitsandbytes":
-        # It warns of missing kernels for 4-bit inference, which nothing here uses.
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

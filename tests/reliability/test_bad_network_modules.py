@@ -135,6 +135,14 @@ def test_networks_that_fail_do_so_before_training(refused, module, monkeypatch, 
         assert word in said, said
 
 
+def test_a_forward_pass_that_fails(refused, module, monkeypatch):
+    """The module's own failure is told from one of the toolkit."""
+    found = module(changed("attach", "self.layer[0].forward = lambda x: x[:, :7] + self.factor * x"))
+    said = refused(network_module=found)
+    for word in (f"--network_module {found}", "forward pass failed", "RuntimeError"):
+        assert word in said, said
+
+
 def test_where_a_module_failed_is_shown_when_asked_for(network_command, module, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SD_TOOLKIT_TRACEBACK", "1")
     found = module(changed("apply_to", "raise RuntimeError('no layer')"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -271,12 +271,17 @@ class Adapter:
     def condition(self, batch: Batch, draws: Draws) -> Condition:
         """Encode the captions, with gradients only if the network on the text encoder trains."""
         self._set_multiplier(batch.network_multiplier)
-        with torch.set_grad_enabled(self.plan.trains_text and torch.is_grad_enabled()):
+        with self._running(), torch.set_grad_enabled(self.plan.trains_text and torch.is_grad_enabled()):
             return self.family.condition(batch, draws)
 
     def predict(self, noised: Noised, condition: Condition, batch: Batch) -> Tensor:
         """Run the denoiser with the network."""
-        return self.family.denoise(noised.noisy, noised.t, condition)
+        with self._running():
+            return self.family.denoise(noised.noisy, noised.t, condition)
+
+    def _running(self) -> AbstractContextManager[None]:
+        """Context of a forward pass through the network."""
+        return nullcontext() if is_ours(self._name) else calling(self._name, "forward pass")
 
     def target(self, noised: Noised, condition: Condition, batch: Batch) -> Tensor:
         """Return the objective's target; for images whose output is to be preserved, what the bare model predicts."""
