@@ -164,6 +164,11 @@ class AdapterNetwork(nn.Module):
         for adapter in self.adapters:
             adapter.accumulate_in_place()
 
+    @property
+    def limits_norms(self) -> bool:
+        """Whether there is a limit of norms for adapters of this kind."""
+        return any(type(adapter).limit_norm is not Adapter.limit_norm for adapter in self.adapters)
+
     @torch.no_grad()
     def limit_norms(self, max_norm: float) -> Tensor:
         """Scale every layer's change down to a norm of at most `max_norm`.

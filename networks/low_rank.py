@@ -61,13 +61,15 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, how: How) -> Tensor:
         scale, _ = how
+        frozen = weight
         x, weight, bias, down, up = _alike(ctx, x, weight, bias, down, up)
         low = F.linear(x, down)
         y = F.linear(x, weight, bias)
         y.view(-1, y.shape[-1]).addmm_(low.view(-1, low.shape[-1]), up.t(), alpha=scale)
         # A frozen `down` (LoRA-FA) spares keeping the input.
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, low)
-        ctx.held = weight, down, up, how
+        # As it came: of weights kept in 8 bits, the converted ones of all layers together would be a second model.
+        ctx.held = frozen, down, up, how
         return y
 
     @staticmethod
@@ -77,7 +79,9 @@ class _AdaptedLinear(torch.autograd.Function):
         dy, low = grad.reshape(-1, grad.shape[-1]), low.view(-1, low.shape[-1])
         # With beta=0 the first argument only lends its shape: a product and its factor in one call.
         low_grad = torch.addmm(low, dy, up, beta=0, alpha=scale)
-        dx = torch.mm(dy, weight).addmm_(low_grad, down).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.mm(dy, weight.to(dy.dtype)).addmm_(low_grad, down).view(*grad.shape[:-1], -1)
         if into is not None:
             rows = x.reshape(-1, x.shape[-1])
             if ctx.dtypes is None:

@@ -115,6 +115,7 @@ class Loop:
         self.half_way = True
         fault_point("step.optimizer_mid")
         outcome = training.stepper.step()
+        training.method.see_gradients()
         training.stepper.zero_grad()
         training.lr_schedule.step()
         training.objective.after_update(self.run.sum)

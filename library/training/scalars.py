@@ -83,12 +83,14 @@ class DeferredScalars:
         """Begin to bring `values` (numbers, or tensors of one element) to the host, all in one copy."""
         import torch
 
-        known = {name: float(value) for name, value in values.items() if not isinstance(value, torch.Tensor)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        tensors = {name: value.detach() for name, value in values.items() if isinstance(value, torch.Tensor)}
+        # Nobody waits for the main memory, and what lies there cannot be stacked with what is on a device.
+        tensors = {name: value for name, value in tensors.items() if value.device.type != "cpu"}
+        known = {name: float(value) for name, value in values.items() if name not in tensors}
         if not tensors:
             self._queue.append(_Waiting(label, known, [], None, None))
             return
-        together = torch.stack([value.detach().float().reshape(()) for value in tensors.values()])
+        together = torch.stack([value.float().reshape(()) for value in tensors.values()])
         done = None
         if together.is_cuda:
             host = torch.empty(together.shape, pin_memory=True)

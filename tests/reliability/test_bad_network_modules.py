@@ -137,7 +137,7 @@ def test_networks_that_fail_do_so_before_training(refused, module, monkeypatch, 
 
 def test_a_forward_pass_that_fails(refused, module, monkeypatch):
     """The module's own failure is told from one of the toolkit."""
-    found = module(changed("attach", "self.layer[0].forward = lambda x: x[:, :7] + self.factor * x"))
+    found = module(changed("attach", "self.layer[0].forward = lambda x: x @ self.factor.expand(7, 7)"))
     said = refused(network_module=found)
     for word in (f"--network_module {found}", "forward pass failed", "RuntimeError"):
         assert word in said, said

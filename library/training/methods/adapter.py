@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ from library.training.network_module import (
     require_network,
     require_strength,
 )
+from library.training.network_norms import NetworkNorms
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -112,7 +114,7 @@ class Adapter:
         self.flat_parameters = False
         self._epoch = -1
         self._multiplier = 1.0
-        self._limits: Tensor | None = None
+        self._norms: NetworkNorms
 
     # Before training ---------------------------------------------------------------------------------------------
 
@@ -127,7 +129,8 @@ class Adapter:
         require_strength(network, self._name, self.run.data.specs)
         if hasattr(network, "prepare_network"):
             with calling(self._name, "prepare_network"):
-                network.prepare_network(self.opts)
+                # As modules know the options: all in one place, by name.
+                network.prepare_network(Namespace(**self.opts.values()))
         with calling(self._name, "apply_to"):
             network.apply_to(self._text_encoder, self.family.denoiser, self.plan.adapts_text, options.trains_unet)
         if next(network.parameters(), None) is None:
@@ -142,13 +145,11 @@ class Adapter:
         self.uses_global_randomness = bool(getattr(network, "uses_global_randomness", True))
         self.flat_parameters = not self.may_skip_parameters
         self._enable_checkpointing()
-        if hasattr(network, "prepare_grad_etc"):
-            with calling(self._name, "prepare_grad_etc"):
-                network.prepare_grad_etc(self._text_encoder, self.family.denoiser)
         if not is_ours(self._name):
             with calling(self._name, "save_weights"):
                 try_saving(network)
-        if options.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
+        self._norms = NetworkNorms(network, options.scale_weight_norms, self.device)
+        if self._norms.limit_is_idle:
             logger.warning("--scale_weight_norms has no effect: %s cannot scale its weights", options.network_module)
         self.train_mode()
 
@@ -214,6 +215,9 @@ class Adapter:
         options, rate = self.opts.network, self.opts.optimizer.learning_rate
         with calling(self._name, "prepare_optimizer_params"):
             groups, names = optimizer_groups(self.network, options.text_encoder_lr, options.unet_lr, rate)
+        if hasattr(self.network, "prepare_grad_etc"):
+            with calling(self._name, "prepare_grad_etc"):
+                self.network.prepare_grad_etc(self._text_encoder, self.family.denoiser)
         self._freeze_unused()
         if not groups:
             raise UserError("has nothing to train with these learning rates", where=self._where)
@@ -312,23 +316,17 @@ class Adapter:
         self.network.set_multiplier(multiplier)
         self._multiplier = multiplier
 
+    def see_gradients(self) -> None:
+        """Let a network that reports norms look at the gradients."""
+        self._norms.see_gradients()
+
     def after_update(self, step: int) -> None:
         """Keep the weights' norms below `--scale_weight_norms`."""
-        limit = self.opts.network.scale_weight_norms
-        if not limit:
-            return
-        if hasattr(self.network, "limit_norms"):
-            self._limits = self.network.limit_norms(limit)
-        elif hasattr(self.network, "apply_max_norm_regularization"):
-            scaled, mean, highest = self.network.apply_max_norm_regularization(limit, self.device)
-            self._limits = torch.tensor([float(scaled or 0), float(mean), float(highest)])
+        self._norms.after_update()
 
-    def scalars(self) -> dict[str, Tensor]:
+    def scalars(self) -> dict[str, Tensor | float]:
         """Return what the last update says about the network, to be drawn beside the loss."""
-        if self._limits is None:
-            return {}
-        names = ("max_norm/keys_scaled", "norm/avg_key_norm", "max_norm/max_key_norm")
-        return dict(zip(names, self._limits.unbind(), strict=True))
+        return self._norms.scalars()
 
     # Saving --------------------------------------------------------------------------------------------------------
 

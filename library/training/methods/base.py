@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -61,11 +62,14 @@ class Method(Protocol):
     def target(self, noised: Noised, condition: Condition, batch: Batch) -> Tensor:
         """Return what the prediction is compared with, [B,C,h,w]."""
 
+    def see_gradients(self) -> None:
+        """Look at the gradients of an update, unscaled and clipped, before they are cleared."""
+
     def after_update(self, step: int) -> None:
         """Act on the weights after an optimizer step (max-norm and the like)."""
 
-    def scalars(self) -> dict[str, Tensor]:
-        """Return numbers of the last update that are drawn beside the loss, on the device."""
+    def scalars(self) -> Mapping[str, Tensor | float]:
+        """Return numbers of the last update that are drawn beside the loss; tensors stay on the device."""
 
     def train_mode(self) -> None:
         """Put the trained modules into training mode."""

@@ -114,6 +114,9 @@ class FullTune:
     def before_micro_step(self, batch: Batch) -> None:
         """Nothing to do."""
 
+    def see_gradients(self) -> None:
+        """Nothing to do."""
+
     def after_update(self, step: int) -> None:
         """Nothing to do: full fine-tuning has no constraint on its weights."""
 

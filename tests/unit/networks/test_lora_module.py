@@ -234,6 +234,17 @@ def test_frozen_weights_may_have_8_bits(models):
     assert all(p.grad is not None for adapter in network.unet_adapters for p in adapter.parameters())
 
 
+def test_no_converted_copy_of_a_frozen_weight_outlives_the_forward_pass():
+    """Such copies of all layers together would take more memory than weights of 8 bits save."""
+    weight = torch.randn(6, 8).to(torch.float8_e4m3fn)
+    x, down, up = torch.randn(4, 8, requires_grad=True), torch.randn(2, 8), torch.randn(6, 2)
+    y = adapted_linear(x, weight, None, down, up.requires_grad_(), 0.5)
+    assert any(held is weight for held in y.grad_fn.held)
+    y.sum().backward()
+    exact = torch.ones(4, 6) @ (weight.float() + 0.5 * up.detach() @ down)
+    torch.testing.assert_close(x.grad, exact)
+
+
 def test_half_precision_network_on_a_half_precision_model():
     models = small_models(dtype=torch.bfloat16)
     network = attached(lora, models, conv_dim="2").to(torch.bfloat16)
