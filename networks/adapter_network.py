@@ -44,6 +44,9 @@ class AdapterNetwork(nn.Module):
         self.plus = plus or PlusRatios()
         self.multiplier = multiplier
         self._trained: set[Tensor] | None = None
+        self._idle: list[Adapter] = []
+        # Of a state that is resumed, too: it may hold what a file once brought.
+        self.register_load_state_dict_post_hook(lambda *_: self._wake())
         self.set_multiplier(multiplier)
 
     @property
@@ -138,6 +141,7 @@ class AdapterNetwork(nn.Module):
         for adapter in self.adapters:
             if not any(parameter.requires_grad for parameter in adapter.parameters()) and adapter.is_idle():
                 adapter.detach()
+                self._idle.append(adapter)
         return [group for _, group in groups], [name for name, _ in groups]
 
     def _set_gradients(self) -> None:
@@ -216,10 +220,14 @@ class AdapterNetwork(nn.Module):
         """
         found = read_weights(file, None, base_of(self.unet_adapters))
         summary = load_into({adapter.name: adapter for adapter in self.adapters}, found)
-        for adapter in self.adapters:
-            if adapter.name in self._modules:
-                adapter.attach()
+        self._wake()
         return summary
+
+    def _wake(self) -> None:
+        """Attach adapters again that were taken out because they changed nothing, and now do."""
+        for adapter in [adapter for adapter in self._idle if not adapter.is_idle()]:
+            adapter.attach()
+            self._idle.remove(adapter)
 
     # Merging --------------------------------------------------------------------------------------------------------
 

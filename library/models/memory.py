@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from library.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 _BACKEND_NAMES = {"tensort": "tensorrt"}
@@ -64,10 +66,19 @@ def store_in_float8(module: nn.Module) -> None:
     """Keep the weights of linear layers and convolutions in 8 bits (e4m3fn); autocast brings them back for each use.
 
     Norms, biases and embeddings stay as they are: they are small, and 3 bits of mantissa would hurt them most.
+
+    Raises:
+        UserError: the device of the weights cannot convert such numbers.
     """
-    for layer in module.modules():
-        if type(layer) in (nn.Linear, nn.Conv2d):
-            layer.weight.data = layer.weight.data.to(torch.float8_e4m3fn)
+    layers: list[Any] = [layer for layer in module.modules() if type(layer) in (nn.Linear, nn.Conv2d)]
+    for device in {layer.weight.device for layer in layers}:
+        try:
+            torch.ones(1, device=device).to(torch.float8_e4m3fn).to(torch.bfloat16)
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            what = f"weights of 8 bits cannot be used on this device, {device.type} ({str(error).splitlines()[0]})"
+            raise UserError(what, "Leave the option out.", where="--fp8_base") from error
+    for layer in layers:
+        layer.weight.data = layer.weight.data.to(torch.float8_e4m3fn)
 
 
 def compile_blocks(denoiser: nn.Module, backend: str) -> None:

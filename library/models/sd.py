@@ -213,7 +213,7 @@ class StableDiffusion:
         """
         hidden = condition.hidden
         if not torch.is_autocast_enabled(noisy.device.type):
-            dtype = self.unet.conv_in.weight.dtype
+            dtype = self.unet.conv_norm_out.weight.dtype  # network modules may take weights away from other layers
             noisy, hidden = noisy.to(dtype), hidden.to(dtype)
         return self.unet(noisy, t, encoder_hidden_states=hidden, return_dict=False, **(control or {}))[0]
 

@@ -29,6 +29,9 @@ def check_network(options: NetworkTrainingOptions) -> Iterator[Problem]:
     yield from header_problems(options)
     yield from _rates(options)
     yield from _start(options)
+    if options.network.network_module in UNET_ONLY_MODULES and not options.network.trains_unet:
+        what = f"{options.network.network_module} is for the U-Net alone, so nothing would be trained"
+        yield Problem("--network_train_text_encoder_only", what, "Drop the option, or choose another module.")
     if options.cache.cache_text_encoder_outputs and _text_changes(options):
         what = "cannot be combined with a text encoder that is trained"
         yield Problem("--cache_text_encoder_outputs", what, "Add --network_train_unet_only.")
@@ -50,6 +53,10 @@ def warn_network(options: NetworkTrainingOptions) -> Iterator[Problem]:
         yield Problem("--fused_backward_pass", what)
     if network.fp8_base_unet and options.precision.fp8_base:
         yield Problem("--fp8_base_unet", "has no effect, since --fp8_base is given")
+    if network.dim_from_weights and "network_alpha" in options.given:
+        yield Problem("--network_alpha", "has no effect with --dim_from_weights: the file decides")
+    if network.network_module in UNET_ONLY_MODULES and network.text_encoder_lr:
+        yield Problem("--text_encoder_lr", f"has no effect: {network.network_module} is for the U-Net alone")
     if start.given and options.state.resume:
         name = "--initial_epoch" if start.initial_step is None else "--initial_step"
         yield Problem(name, "replaces the position that the state of --resume has recorded")

@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.support import train_network
 
-MODULE = '''
+MODULE = """
 import torch
 from safetensors.torch import save_file
 
@@ -53,8 +53,8 @@ class Network(torch.nn.Module):
 
     def save_weights(self, file, dtype, metadata):
         save_file({"my_unet_conv_in.factor": self.factor.detach()}, file, metadata)
-'''
-NORMS = '''
+"""
+NORMS = """
     def update_grad_norms(self):
         CALLS.append(("update_grad_norms", self.factor.grad.item() != 0))
 
@@ -69,20 +69,20 @@ NORMS = '''
 
     def combined_weight_norms(self):
         return torch.tensor([5.0])
-'''
-LIMIT = '''
+"""
+LIMIT = """
     def apply_max_norm_regularization(self, limit, device):
         CALLS.append(("limit", limit, str(device)))
         return 7, torch.tensor(0.25), 0.5
-'''
-FUNCTIONS = '''
+"""
+FUNCTIONS = """
 def create_network(*given, neuron_dropout=None, **arguments):
     CALLS.append(("create_network", *given[:4], isinstance(given[4], torch.nn.Module), neuron_dropout, arguments))
     return Network()
 
 def create_network_from_weights(*given, **arguments):
     return Network(), {}
-'''
+"""
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -292,13 +292,15 @@ class Adapter:
         rows = [row for row, attributes in enumerate(batch.custom_attributes) if attributes.get(PRESERVE)]
         if not rows:
             return noised.target
-        target = noised.target.clone()
         with torch.no_grad(), self._bare():
             if self.plan.adapts_text:
                 condition = self.family.encode_text(batch.token_ids, batch.token_weights)
-            chosen = replace(condition, hidden=condition.hidden[rows])
-            target[rows] = self.family.denoise(noised.noisy[rows], noised.t[rows], chosen).to(target.dtype)
-        return target
+            chosen = replace(condition, hidden=_rows(condition.hidden, rows))
+            preserved = self.family.denoise(_rows(noised.noisy, rows), _rows(noised.t, rows), chosen)
+        target = list(noised.target)
+        for row, wanted in zip(rows, preserved, strict=True):
+            target[row] = wanted.to(noised.target.dtype)
+        return torch.stack(target)
 
     @contextmanager
     def _bare(self) -> Iterator[None]:
@@ -351,3 +353,8 @@ class Adapter:
         """Write the network for use and return its path; `target` has no suffix."""
         with calling(self._name, "save_weights"):
             return save_network(self.network, target.with_name(f"{target.name}.{kind}"), precision, metadata)
+
+
+def _rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """Return some rows of a tensor; an index made of a list would have to be sent to the device first."""
+    return torch.stack([tensor[row] for row in rows])

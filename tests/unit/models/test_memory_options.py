@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from library.errors import UserError
 from library.models.family import WeightPlan
 from library.models.memory import has_dropout
 from library.models.options import TextOptions
@@ -75,3 +76,11 @@ def test_compiled_blocks_keep_names_and_results():
     assert list(plain.unet.state_dict()) == list(compiled.unet.state_dict())
     for one, two in zip(gradients(plain), gradients(compiled), strict=True):
         torch.testing.assert_close(one, two)
+
+
+def test_a_device_without_numbers_of_8_bits_is_refused_before_anything_changes(monkeypatch):
+    family = family_with_gradients()
+    monkeypatch.setattr(torch, "float8_e4m3fn", torch.quint8)  # a type that nothing converts to
+    with pytest.raises(UserError, match="--fp8_base: weights of 8 bits cannot be used on this device, cpu"):
+        family.store_in_float8(("unet", "text_encoder"))
+    assert all(weight.dtype == torch.float32 for weight in family.unet.parameters())

@@ -191,3 +191,18 @@ def test_a_convolution_in_cp_form_is_no_file_to_go_on_with(tmp_path):
     save_file({f"{name}.{key}.weight": torch.ones(shape) for key, shape in shapes.items()}, tmp_path / "cp.safetensors")
     with pytest.raises(UserError, match=f"{name} is of a kind .*lora_mid.weight"):
         lora.create_network_from_weights(1.0, tmp_path / "cp.safetensors", None, *small_models())
+
+
+def test_what_changes_nothing_is_left_out_until_values_come():
+    """A state that is resumed may hold what a file once brought to layers that are not trained."""
+    stored = attached(lora, small_models()).state_dict()
+    models = small_models()
+    network = attached(lora, models, filled=False)
+    wanted = outputs(models)
+    network.prepare_optimizer_params(None, 0.0, 1e-3)
+    assert not any(adapter.attached for adapter in network.unet_adapters)
+    assert all(adapter.attached for adapter in network.text_adapters)
+    network.load_state_dict({name: tensor for name, tensor in stored.items() if "mid_block" in name}, strict=False)
+    awake = {adapter.name for adapter in network.unet_adapters if adapter.attached}
+    assert awake == {adapter.name for adapter in network.unet_adapters if "mid_block" in adapter.name}
+    assert not torch.equal(outputs(models)[1], wanted[1])

@@ -132,6 +132,7 @@ def test_a_report_on_the_data_needs_no_network(base):
         ("--max_train_epochs=2 --initial_epoch=3", "--initial_epoch: 3 is above --max_train_epochs 2"),
         ("--cache_text_encoder_outputs", "cannot be combined with a text encoder that is trained"),
         ("--initial_epoch=0", "--initial_epoch: must be at least 1"),
+        ("--network_module=networks.oft --network_train_text_encoder_only", "networks.oft is for the U-Net alone"),
         ("--validation_split=1.5", "--validation_split: must be between 0 and 1"),
         ("--in_json=absent.json", "--in_json: file 'absent.json' not found"),
         ("--use_safetensors", "it belongs to training whole models (train_db.py)"),
@@ -213,6 +214,7 @@ def test_files_of_foreign_modules_are_their_own_business(options, lora):
         ("--initial_epoch=2 --initial_step=5", "--initial_epoch: has no effect, since --initial_step is given"),
         ("--skip_until_initial_step", "--skip_until_initial_step: has no effect without --initial_epoch"),
         ("--lowram", "--lowram: has no effect in train_network.py"),
+        ("--network_module=networks.oft --text_encoder_lr 1e-4", "--text_encoder_lr: has no effect: networks.oft"),
     ],
 )
 def test_doubted(warnings, words, message):
@@ -226,9 +228,10 @@ def test_a_position_replaces_that_of_the_state(warnings, tmp_path):
     assert found == ["--initial_step: replaces the position that the state of --resume has recorded."]
 
 
-def test_the_file_decides_the_rank(warnings, lora):
-    found = warnings(f"--network_weights={lora()}", "--dim_from_weights", "--network_dim=8")
-    assert found == ["--network_dim: has no effect with --dim_from_weights: the file decides."]
+def test_the_file_decides_rank_and_alpha(warnings, lora):
+    found = warnings(f"--network_weights={lora()}", "--dim_from_weights", "--network_dim=8", "--network_alpha=2")
+    names = ("--network_dim", "--network_alpha")
+    assert found == [f"{name}: has no effect with --dim_from_weights: the file decides." for name in names]
 
 
 def test_the_backward_pass_is_never_fused(options):
