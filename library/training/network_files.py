@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from library.checkpoints.lora_file import AdapterWeights
     from library.models.family import ModelFamily
 
 logger = logging.getLogger(__name__)
@@ -61,11 +63,17 @@ def _merge(family: ModelFamily, file: LoraFile, strength: float) -> list[str]:
             continue
         with torch.no_grad():
             if changes_weight(weights):
-                layer.weight.copy_(apply_delta(layer.weight.float(), weights, strength))
+                layer.weight.copy_(apply_delta(layer.weight.float(), _beside(weights, layer.weight), strength))
             bias = bias_delta(weights)
             if bias is not None and layer.bias is not None:
                 layer.bias.copy_(layer.bias.float() + strength * bias.to(layer.bias.device))
     return unmatched
+
+
+def _beside(weights: AdapterWeights, weight: Tensor) -> AdapterWeights:
+    """Return an adapter on the device of the weight that it changes; single numbers stay where Python reads them."""
+    moved = {suffix: tensor.to(weight.device) if tensor.dim() else tensor for suffix, tensor in weights.tensors.items()}
+    return replace(weights, tensors=moved)
 
 
 def _layer(root: Any, path: str) -> Any:

@@ -1,4 +1,4 @@
-"""What the trainer calls in a network module of somebody else's: in which order, with which arguments, and how often."""
+"""What the trainer calls in a network module of somebody else: in which order, with what, and how often."""
 
 from __future__ import annotations
 

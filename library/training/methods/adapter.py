@@ -357,4 +357,4 @@ class Adapter:
 
 def _rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
     """Return some rows of a tensor; an index made of a list would have to be sent to the device first."""
-    return torch.stack([tensor[row] for row in rows])
+    return tensor if len(rows) == len(tensor) else torch.stack([tensor[row] for row in rows])
