@@ -1,12 +1,15 @@
 """What a LoRA step costs beyond forward and backward of the bare, frozen U-Net.
 
 train_network.py runs as a person runs it (networks.lora, rank 16, latents cached); the denominator is one forward and
-backward pass of diffusers' U-Net with the same weights, towards its input, and nothing else: no optimizer. `--size full` is SD 1.5 in float32 with 256x256 pictures; `--size tiny` keeps all layers, with few channels, at 64 pixels: the
+backward pass of diffusers' U-Net with the same weights, towards its input, and nothing else: no optimizer. `--size
+full` is SD 1.5 in float32 with 256x256 pictures; `--size tiny` keeps all layers, with few channels, at 64 pixels: the
 time that one CPU thread needs to issue a step.
 
-A bare pass follows each update, so that whatever else the machine does meets both alike. Medians of CPU seconds of the whole process with one thread of torch.
+A bare pass follows each update, so that whatever else the machine does meets both alike. Medians of CPU seconds of the
+whole process with one thread of torch.
 
     python benchmarks/network_overhead.py
+    python benchmarks/network_overhead.py --text
     python benchmarks/network_overhead.py --size full
 """
 

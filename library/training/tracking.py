@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["LossAverage", "Tracker", "learning_rates", "peak_memory_mb"]
 
 _log = logging.getLogger(__name__)
-_MOST_WARNINGS = 5
 
 
 class Tracker:
@@ -50,7 +49,6 @@ class Tracker:
             hparams: options without secrets and paths, stored with `--log_config`.
         """
         self.loss_average = LossAverage()
-        self.replaced = 0
         self._log_options = log
         self._length = length
         self._default_name = default_name
@@ -142,15 +140,6 @@ class Tracker:
                 self._try(
                     writer, partial(writer.picture, picture.tag, picture.image, picture.step, picture.request.prompt)
                 )
-
-    def count_replaced(self, reasons: Iterable[str]) -> None:
-        """Count samples that another one of their bucket stood in for."""
-        for reason in reasons:
-            self.replaced += 1
-            if self.replaced <= _MOST_WARNINGS:
-                _log.warning("a sample was replaced by another one: %s", reason)
-                if self.replaced == _MOST_WARNINGS:
-                    _log.warning("further replaced samples are only counted")
 
     def _show(self, position: Position, values: dict[str, float], *, epoch_ended: bool) -> None:
         loss = values.get("loss", math.nan)

@@ -313,11 +313,3 @@ class TestValues:
 
     def test_memory(self):
         assert peak_memory_mb(torch.device("cpu")) > 50
-
-    def test_replaced_samples_are_counted_and_named_a_few_times(self, tmp_path, caplog):
-        tracker = Tracker(LogOptions(), length=LENGTH)
-        for number in range(9):
-            tracker.count_replaced([f"image {number} is broken"])
-        assert tracker.replaced == 9
-        assert "image 4 is broken" in caplog.text
-        assert "image 5 is broken" not in caplog.text
