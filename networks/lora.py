@@ -86,7 +86,13 @@ class LoraAdapter(Adapter):
             own, (down, up) = self.layer._parameters, self.held
             strength = self.multiplier * self.scale
             return adapted_linear(x, own["weight"], own["bias"], down["weight"], up["weight"], strength, self.into)
-        return self.inner(x) + self.change(x)
+        if self.dropping or self.fused:
+            return self.inner(x) + self.change(x)
+        down, up = self.held
+        low = layer_product(self.layer, x, down["weight"])
+        change = F.conv2d(low, up["weight"].to(low.dtype))
+        # The factor comes with the sum, which is a pass less over the whole output.
+        return torch.add(self.inner(x), change, alpha=self.multiplier * self.scale)
 
     def accumulate_in_place(self) -> None:
         """Let backward passes add to the gradients that are there; of use only where both factors are trained."""
