@@ -33,6 +33,9 @@ class ForeignSpec:
 
     resolution_wh: tuple[int, int]
     validation_seed: int | None = None
+    batch_size: int = 1
+    network_multiplier: float = 1.0
+    subsets: tuple[Any, ...] = ()
 
 
 class ForeignData:
