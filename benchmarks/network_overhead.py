@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.report import report  # noqa: E402
-from benchmarks.step_overhead import WARM_UP, WHOLE, Times, clocked, new_update, watch  # noqa: E402
+from benchmarks.step_overhead import WARM_UP, WHOLE, Times, clocked, new_update, train, watch  # noqa: E402
 
 SIZES = {"tiny": ("thin", 64, 60), "full": ("full", 256, 6)}
 LIMITS = {("tiny", "U-Net"): 1.4, ("tiny", "with text encoder"): 1.9}
@@ -103,39 +103,11 @@ def watch_training(ours: Times, bare: Times, pixels: int) -> None:
     Saver.finish = lambda self, position: None  # type: ignore[method-assign]
 
 
-def train(model: Path, pixels: int, updates: int, rank: int, *, text: bool) -> None:
-    """Run train_network.py on latents cached in memory."""
-    import train_network
-
-    dataset = model.parent / "data.toml"
-    dataset.write_text(
-        f"[[datasets]]\nresolution = {pixels}\nbatch_size = 1\n[[datasets.subsets]]\n"
-        f"image_dir = '{ROOT / 'examples/photos/duck'}'\nclass_tokens = 'sks duck'\nnum_repeats = 100\n"
-    )
-    options = {
-        "pretrained_model_name_or_path": model,
-        "dataset_config": dataset,
-        "output_dir": model.parent / "out",
-        "logging_dir": model.parent / "logs",
-        "network_module": "networks.lora",
-        "network_dim": rank,
-        "max_train_steps": updates,
-        "max_data_loader_n_workers": 0,
-        "learning_rate": 1e-4,
-        "seed": 1,
-    }
-    flags = ["--cache_latents"] if text else ["--cache_latents", "--network_train_unet_only"]
-    try:
-        train_network.main([*(f"--{name}={value}" for name, value in options.items()), *flags])
-    except SystemExit as end:
-        if end.code:
-            raise
-
-
 def measure(size: str, updates: int | None, rank: int, *, text: bool) -> tuple[dict[str, float], dict[str, float]]:
     """Return median seconds of each part of a bare pass and of an update of train_network.py."""
     import torch
 
+    import train_network
     from library.models.random_models import make_random_sd
 
     torch.set_num_threads(1)
@@ -145,7 +117,8 @@ def measure(size: str, updates: int | None, rank: int, *, text: bool) -> tuple[d
     watch_training(ours, bare, pixels)
     with tempfile.TemporaryDirectory() as folder:
         model = make_random_sd(Path(folder) / "model.safetensors", family="sd1", size=kind)
-        train(model, pixels, updates or usual, rank, text=text)
+        more = ["--network_module=networks.lora", f"--network_dim={rank}", "--learning_rate=1e-4"]
+        train(train_network, model, pixels, updates or usual, *more, *([] if text else ["--network_train_unet_only"]))
     found = [{part: median(seconds[WARM_UP:]) for part, seconds in times.items()} for times in (bare, ours)]
     return found[0], found[1]
 

@@ -149,14 +149,12 @@ def watch_training(times: Times, bare: Times, pixels: int) -> None:
     Saver.finish = lambda self, position: None  # type: ignore[method-assign]
 
 
-def train(model: Path, pixels: int, updates: int) -> None:
-    """Run train_db.py on latents cached in memory."""
-    import train_db
-
+def train(script: Any, model: Path, pixels: int, updates: int, *more: str) -> None:
+    """Run a training script on latents cached in memory; `more` are further options."""
     dataset = model.parent / "data.toml"
     dataset.write_text(
         f"[[datasets]]\nresolution = {pixels}\nbatch_size = 1\n[[datasets.subsets]]\n"
-        f"image_dir = '{ROOT / 'examples/photos/duck'}'\nnum_repeats = 100\n"
+        f"image_dir = '{ROOT / 'examples/photos/duck'}'\nclass_tokens = 'sks duck'\nnum_repeats = 100\n"
     )
     options = {
         "pretrained_model_name_or_path": model,
@@ -165,11 +163,10 @@ def train(model: Path, pixels: int, updates: int) -> None:
         "logging_dir": model.parent / "logs",
         "max_train_steps": updates,
         "max_data_loader_n_workers": 0,
-        "learning_rate": 1e-6,
         "seed": 1,
     }
     try:
-        train_db.main([*(f"--{name}={value}" for name, value in options.items()), "--cache_latents"])
+        script.main([*(f"--{name}={value}" for name, value in options.items()), "--cache_latents", *more])
     except SystemExit as end:
         if end.code:
             raise
@@ -179,6 +176,7 @@ def measure(size: str, updates: int | None) -> tuple[dict[str, float], dict[str,
     """Return median seconds of each part of an update, of the bare loop and of train_db.py."""
     import torch
 
+    import train_db
     from library.models.random_models import make_random_sd
 
     torch.set_num_threads(1)
@@ -188,7 +186,7 @@ def measure(size: str, updates: int | None) -> tuple[dict[str, float], dict[str,
     watch_training(ours, bare, pixels)
     with tempfile.TemporaryDirectory() as folder:
         model = make_random_sd(Path(folder) / "model.safetensors", family="sd1", size=kind)
-        train(model, pixels, updates or usual)
+        train(train_db, model, pixels, updates or usual, "--learning_rate=1e-6")
     found = []
     for times in (bare, ours):
         found.append({part: median(seconds[WARM_UP:]) for part, seconds in times.items()})

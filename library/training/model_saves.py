@@ -48,23 +48,25 @@ class RunFacts:
     identity: Identity
     seed: int
 
-    @property
-    def resolution_wh(self) -> tuple[int, int]:
-        """Largest training resolution."""
-        return max((spec.resolution_wh for spec in self.data.specs), key=lambda wh: wh[0] * wh[1])
 
-    def modelspec(self, kind: str = "") -> dict[str, str]:
-        """Return the `modelspec.*` entries; `kind` as in `modelspec_metadata`."""
-        opts = self.opts
-        return modelspec_metadata(
-            self.spec,
-            opts.metadata,
-            output_name=opts.save.output_name,
-            resolution_wh=self.resolution_wh,
-            clip_skip=opts.text.clip_skip,
-            timesteps=(opts.noise.min_timestep, opts.noise.max_timestep),
-            kind=kind,
-        )
+def described(
+    opts: TrainingOptions, family: FamilySpec, resolution_wh: tuple[int, int], kind: str = ""
+) -> dict[str, str]:
+    """Return the `modelspec.*` entries of a model that a run saves; `kind` as in `modelspec_metadata`."""
+    return modelspec_metadata(
+        family,
+        opts.metadata,
+        output_name=opts.save.output_name,
+        resolution_wh=resolution_wh,
+        clip_skip=opts.text.clip_skip,
+        timesteps=(opts.noise.min_timestep, opts.noise.max_timestep),
+        kind=kind,
+    )
+
+
+def largest_resolution(data: TrainingData) -> tuple[int, int]:
+    """Return the largest resolution (width, height) that is trained on."""
+    return max((spec.resolution_wh for spec in data.specs), key=lambda wh: wh[0] * wh[1])
 
 
 Describe = Callable[[int, int], dict[str, str]]
@@ -86,7 +88,13 @@ def model_metadata(facts: RunFacts) -> Describe:
         "ss_num_epochs": str(facts.length.epochs),
         **{f"ss_{name}": str(count) for name, count in facts.data.counts().items()},
     }
-    return lambda epoch, step: {**constant, "ss_epoch": str(epoch), "ss_steps": str(step), **facts.modelspec()}
+    resolution_wh = largest_resolution(facts.data)
+
+    def describe(epoch: int, step: int) -> dict[str, str]:
+        progress = {"ss_epoch": str(epoch), "ss_steps": str(step)}
+        return {**constant, **progress, **described(facts.opts, facts.spec, resolution_wh)}
+
+    return describe
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.hashes import model_hashes, vae_hashes
-from library.checkpoints.metadata import modelspec_metadata
 from library.option_groups import metadata_values
+from library.training.model_saves import described, largest_resolution
 
 if TYPE_CHECKING:
     from library.contracts import FamilySpec, RunLength
@@ -110,25 +110,16 @@ class NetworkMetadata:
             epoch: epochs done; of the last save, which may be in the middle of one, all epochs count.
             step: updates done.
         """
-        opts = self.opts
-        described = modelspec_metadata(
-            self.family,
-            opts.metadata,
-            output_name=opts.save.output_name,
-            resolution_wh=self.resolution_wh,
-            clip_skip=opts.text.clip_skip,
-            timesteps=(opts.noise.min_timestep, opts.noise.max_timestep),
-            kind="lora",
-        )
+        modelspec = described(self.opts, self.family, self.resolution_wh, kind="lora")
         if self.hashes is None:
-            return {**{key: self.facts[key] for key in MINIMAL if key in self.facts}, **described}
+            return {**{key: self.facts[key] for key in MINIMAL if key in self.facts}, **modelspec}
         ended = step >= self.length.total_steps
         progress = {
             "ss_epoch": str(self.length.epochs if ended else epoch),
             "ss_steps": str(step),
             "ss_training_finished_at": str(time.time()),
         }
-        return {**self.facts, **self.hashes.wait(), **progress, **described}
+        return {**self.facts, **self.hashes.wait(), **progress, **modelspec}
 
 
 def network_metadata(
@@ -171,8 +162,7 @@ def network_metadata(
     hashes = None
     if not opts.network.no_metadata:
         hashes = BaseHashes(opts.model.pretrained_model_name_or_path or "", opts.model.vae)
-    resolution_wh = max((spec.resolution_wh for spec in data.specs), key=lambda wh: wh[0] * wh[1])
-    return NetworkMetadata(opts, family, facts, length, resolution_wh, hashes)
+    return NetworkMetadata(opts, family, facts, length, largest_resolution(data), hashes)
 
 
 def _of_rates(opts: NetworkTrainingOptions, built: BuiltOptimizer) -> dict[str, str]:
