@@ -14,7 +14,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["library*", "networks*", "finetune*", "tools*"]),
     package_data={"library": ["assets/*/*"]},
-    py_modules=["train_db", "train_network", "quickstart"],
+    py_modules=["train_db", "fine_tune", "train_network", "quickstart"],
     install_requires=[
         "torch>=2.6",
         "diffusers>=0.35",

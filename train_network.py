@@ -21,27 +21,14 @@ class Options(NetworkTrainingOptions):
 
 def train(opts: Options) -> None:
     """The network module, then data, then the model: what is cheap to check fails before anything expensive starts."""
-    from library.data.dataset import open_data
-    from library.data.scan import ScanContext
     from library.models.specs import stable_diffusion_spec
-    from library.models.tokenizer import tokenizers_for
     from library.training.methods.adapter import NetworkPlan
+    from library.training.opening import open_training_data
 
     spec = stable_diffusion_spec(opts.model)
     plan = None if opts.data.debug_dataset else NetworkPlan.of(opts)
-    data = open_data(
-        opts.data,
-        opts.subset,
-        opts.cache,
-        spec=spec,
-        kinds=("dreambooth", "finetuning", "controlnet") if opts.data.masked_loss else ("dreambooth", "finetuning"),
-        tokenizers=tokenizers_for(spec, opts.text),
-        context=ScanContext(opts.length.seed or 0, report_dir=opts.save.output_dir),
-    )
-    if plan is None:
-        from library.training.run_length import report_data
-
-        report_data(data, opts)
+    data = open_training_data(opts, spec, kinds=("dreambooth", "finetuning", "controlnet"))
+    if data is None or plan is None:
         return
 
     from library.models.sd import StableDiffusion

@@ -18,10 +18,10 @@ from library.option_places import places_of, usage
 from library.option_values import type_name
 from library.retired import NO_EFFECT_IN, SPELLINGS
 
-SCRIPTS = ("train_db", "train_network")
+SCRIPTS = ("train_db", "fine_tune", "train_network")
 """Entry scripts whose options are documented."""
 
-TOOL_FOLDERS = ("networks", "tools")
+TOOL_FOLDERS = ("finetune", "networks", "tools")
 """Folders of tools: files in them that declare `class Options` are documented."""
 
 ROOT = Path(__file__).resolve().parent.parent

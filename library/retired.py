@@ -15,34 +15,45 @@ class NoEffect(NamedTuple):
     refuse: bool
 
 
-def _in_both(reason: str) -> dict[str, NoEffect]:
-    return dict.fromkeys(("train_db", "train_network"), NoEffect(reason, refuse=False))
+_SCRIPTS = ("train_db", "fine_tune", "train_network")
+
+
+def _in_all(reason: str) -> dict[str, NoEffect]:
+    return dict.fromkeys(_SCRIPTS, NoEffect(reason, refuse=False))
 
 
 NO_EFFECT_IN: dict[str, dict[str, NoEffect]] = {
     "fp8_base": {
-        "train_db": NoEffect("it stores frozen weights in 8 bits, and here the weights themselves are trained", True),
+        script: NoEffect("it stores frozen weights in 8 bits, and here the weights themselves are trained", True)
+        for script in ("train_db", "fine_tune")
     },
-    "lowram": _in_both("files are always mapped, and weights go straight from them to the GPU"),
-    "tokenizer_cache_dir": _in_both("the CLIP vocabulary is built in, so there is nothing to download or keep"),
-    "conditioning_data_dir": _in_both("masks are named by the subsets of --dataset_config (key conditioning_data_dir)"),
+    "lowram": _in_all("files are always mapped, and weights go straight from them to the GPU"),
+    "tokenizer_cache_dir": _in_all("the CLIP vocabulary is built in, so there is nothing to download or keep"),
+    "conditioning_data_dir": {
+        script: NoEffect("masks are named by the subsets of --dataset_config (key conditioning_data_dir)", False)
+        for script in ("train_db", "train_network")
+    },
 }
 """Option -> script -> reason. A test holds every option either to be used or to stand here."""
 
 _BY_OWNER = {
+    "training with folders or masks (train_db.py, train_network.py)": """
+        reg_data_dir prior_loss_weight masked_loss conditioning_data_dir""",
     "training networks (train_network.py)": """
         network_module network_dim network_alpha network_dropout network_args network_weights dim_from_weights
         network_train_unet_only network_train_text_encoder_only scale_weight_norms base_weights
         base_weights_multiplier
         unet_lr text_encoder_lr no_metadata training_comment initial_epoch initial_step skip_until_initial_step
         validation_split validation_seed validate_every_n_steps validate_every_n_epochs max_validation_steps
-        fp8_base_unet cpu_offload_checkpointing cache_text_encoder_outputs cache_text_encoder_outputs_to_disk
-        text_encoder_batch_size""",
-    "training whole models (train_db.py)": """
-        learning_rate_te stop_text_encoder_training no_token_padding use_safetensors""",
+        fp8_base_unet cpu_offload_checkpointing""",
+    "training whole models (train_db.py, fine_tune.py)": """
+        learning_rate_te use_safetensors""",
+    "DreamBooth (train_db.py)": """
+        stop_text_encoder_training no_token_padding""",
     "training on metadata (fine_tune.py, train_network.py)": """
-        in_json dataset_repeats""",
-    "training on metadata (fine_tune.py)": """
+        in_json dataset_repeats cache_text_encoder_outputs cache_text_encoder_outputs_to_disk
+        text_encoder_batch_size""",
+    "fine-tuning (fine_tune.py)": """
         train_text_encoder diffusers_xformers""",
     "textual inversion (train_textual_inversion.py)": """
         token_string init_word num_vectors_per_token weights use_object_template use_style_template""",

@@ -14,6 +14,13 @@ def train_db(*argv: object) -> int:
     return _status(script.main, argv)
 
 
+def fine_tune(*argv: object) -> int:
+    """Run fine_tune.py with a command line; returns the exit status."""
+    import fine_tune as script
+
+    return _status(script.main, argv)
+
+
 def train_network(*argv: object) -> int:
     """Run train_network.py with a command line; returns the exit status."""
     import train_network as script

@@ -119,31 +119,68 @@ def unet_config(shapes: Shapes, family: str, *, sample_size: int = 64) -> dict[s
     Raises:
         UserError: a tensor that the structure depends on is missing, or the number of blocks is absurd.
     """
+    encoder = unet_encoder_config(shapes, family)
+    up = [_has(shapes, f"up_blocks.{i}.attentions.") for i in range(len(encoder["block_out_channels"]))]
+    return {
+        "sample_size": sample_size,
+        "out_channels": _shape(shapes, "conv_out.weight", "U-Net")[0],
+        "up_block_types": ["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in up],
+        **encoder,
+    }
+
+
+def unet_encoder_config(shapes: Shapes, family: str, part: str = "U-Net") -> dict[str, Any]:
+    """Derive those arguments of `unet_config` that the downward half determines, which a ControlNet shares.
+
+    Args:
+        shapes: shapes by diffusers' names.
+        family: as for `unet_config`.
+        part: name of the model for messages.
+
+    Raises:
+        UserError: a tensor that the structure depends on is missing, or the number of blocks is absurd.
+    """
     levels = _count(shapes, r"down_blocks\.(\d+)\.resnets\.0\.conv1\.weight$")
     if not 1 <= levels <= _MAX_BLOCKS:
-        raise UserError(f"the U-Net has {levels} levels", "Is this a Stable Diffusion 1.x or 2.x model?")
-    convolutions = [_shape(shapes, f"down_blocks.{i}.resnets.0.conv1.weight", "U-Net") for i in range(levels)]
+        raise UserError(f"the {part} has {levels} levels", "Is this a Stable Diffusion 1.x or 2.x model?")
+    convolutions = [_shape(shapes, f"down_blocks.{i}.resnets.0.conv1.weight", part) for i in range(levels)]
     channels = [shape[0] for shape in convolutions]
     context = {shape[-1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")}
     if len(context) != 1:
         raise UserError(
-            f"the U-Net's cross attention has widths {sorted(context)}", "Is this a Stable Diffusion model?"
+            f"the {part}'s cross attention has widths {sorted(context)}", "Is this a Stable Diffusion model?"
         )
     linear = any(len(shape) == 2 for name, shape in shapes.items() if name.endswith(".proj_in.weight"))
     down = [_has(shapes, f"down_blocks.{i}.attentions.") for i in range(levels)]
-    up = [_has(shapes, f"up_blocks.{i}.attentions.") for i in range(levels)]
     heads = [max(1, width // _CHANNELS_PER_HEAD) for width in channels] if family == "sd2" else _SD1_HEADS
     return {
-        "sample_size": sample_size,
-        "in_channels": _shape(shapes, "conv_in.weight", "U-Net")[1],
-        "out_channels": _shape(shapes, "conv_out.weight", "U-Net")[0],
+        "in_channels": _shape(shapes, "conv_in.weight", part)[1],
         "down_block_types": ["CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in down],
-        "up_block_types": ["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in up],
         "block_out_channels": channels,
         "layers_per_block": _count(shapes, r"down_blocks\.0\.resnets\.(\d+)\."),
         "cross_attention_dim": context.pop(),
         "attention_head_dim": heads,
         "use_linear_projection": linear,
+    }
+
+
+def control_net_config(shapes: Shapes, family: str) -> dict[str, Any]:
+    """Derive the arguments of diffusers' `ControlNetModel` from tensor shapes by diffusers' names.
+
+    Raises:
+        UserError: a tensor that the structure depends on is missing, or the number of blocks is absurd.
+    """
+    part, picture = "ControlNet", "controlnet_cond_embedding"
+    stages = _count(shapes, picture + r"\.blocks\.(\d+)\.weight$") // 2
+    if not 1 <= stages <= _MAX_BLOCKS:
+        raise UserError(f"the {part} reads its guide picture in {stages} stages", "Is the file complete?")
+    first = _shape(shapes, f"{picture}.conv_in.weight", part)
+    # Each stage is one convolution that keeps the width and one that changes it to that of the next stage.
+    wider = [_shape(shapes, f"{picture}.blocks.{2 * stage + 1}.weight", part)[0] for stage in range(stages)]
+    return {
+        **unet_encoder_config(shapes, family, part),
+        "conditioning_channels": first[1],
+        "conditioning_embedding_out_channels": [first[0], *wider],
     }
 
 

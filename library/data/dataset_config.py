@@ -195,7 +195,8 @@ def _refused_kind(kind: str, script: _Script) -> tuple[str, str] | None:
             "with --masked_loss every subset needs conditioning_data_dir",
             "For masks in the alpha channel use --alpha_mask (or alpha_mask = true) without --masked_loss.",
         )
-    return f"is a {KIND_NAMES[kind]} data set, but this script takes {accepted} data sets", ""
+    hint = "Name the captions of each subset in a metadata_file." if script.accepted == (FINETUNING,) else ""
+    return f"is a {KIND_NAMES[kind]} data set, but this script takes {accepted} data sets", hint
 
 
 def _missing_keys(entry: Mapping[str, Any], kind: str, where: str) -> Iterator[Problem]:

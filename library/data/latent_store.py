@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -67,6 +67,18 @@ class LatentPlan:
     def reasons(self) -> dict[str, int]:
         """How many entries must be made, by reason, most frequent first."""
         return dict(Counter(self.why).most_common())
+
+    def on_disk(self) -> LatentPlan:
+        """Return the plan without what would be kept in memory."""
+        kept = self.places[self.missing] != MEMORY
+        return replace(
+            self,
+            missing=self.missing[kept],
+            buckets=self.buckets[kept],
+            files=self.files[kept],
+            why=tuple(reason for reason, keep in zip(self.why, kept.tolist(), strict=True) if keep),
+            slots=np.zeros_like(self.slots),
+        )
 
     def describe(self) -> str:
         """Return one line: ``120 reused, 12 to encode (9 other resolution, 2 unreadable, 1 image changed)``."""

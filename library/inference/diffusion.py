@@ -1,19 +1,24 @@
-"""The denoising loop with classifier-free guidance: from noise that belongs to a picture to its latents."""
+"""The denoising loop with classifier-free guidance: from noise that belongs to a picture to its latents.
+
+Nothing in it waits for the device, except that samplers which add noise at every step copy it there.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from library.contracts import Condition
+from library.inference.extensions import DenoiserInput, Moment, StepHooks
 
-Predict = Callable[[Tensor, Tensor, Condition], Tensor]
-"""Denoiser: (noisy [B,C,h,w] float32, timesteps [B], condition) -> prediction [B,C,h,w]."""
+Predict = Callable[[Moment, DenoiserInput], Tensor]
+"""Denoiser: (where the loop is, what it is given) -> prediction [N,C,h,w]."""
 
 
 class RenderingStopped(Exception):
@@ -45,11 +50,63 @@ UNWATCHED = Watch()
 
 @dataclass(frozen=True, slots=True)
 class Guided:
-    """What B pictures are to show: condition and negative condition (None: no guidance), and scale [B]."""
+    """What B pictures are to show, and how far they are led there and away from elsewhere.
+
+    With `negative` alone the prediction is `n + scale (c - n)` for the predictions c and n of condition and negative
+    condition: equation 6 of https://arxiv.org/abs/2207.12598 with the negative prompt in place of the empty one. With
+    `empty` as well, both are measured from the prediction e of the empty prompt:
+    `e + scale (c - e) - negative_scale (n - e)`.
+
+    Attributes:
+        condition: of the prompts.
+        negative: of the negative prompts; None: no guidance.
+        scale: [B].
+        empty: of the empty prompt; None: the negative prompt takes its place.
+        negative_scale: [B], with `empty`.
+    """
 
     condition: Condition
     negative: Condition | None
     scale: Tensor
+    empty: Condition | None = None
+    negative_scale: Tensor | None = None
+
+    @property
+    def branches(self) -> tuple[Condition, ...]:
+        """The conditions in the order in which they are stacked; that of the prompts comes last."""
+        return tuple(item for item in (self.empty, self.negative, self.condition) if item is not None)
+
+    def combine(self, prediction: Tensor) -> Tensor:
+        """Return the prediction with guidance [B,C,h,w] for that of all branches [branches * B,C,h,w]."""
+        if self.negative is None:
+            return prediction
+        *empty, away, towards = prediction.chunk(len(self.branches))
+        scale = _per_picture(self.scale, prediction)
+        if not empty or self.negative_scale is None:
+            return away + scale * (towards - away)
+        rest = empty[0]
+        return rest + scale * (towards - rest) - _per_picture(self.negative_scale, prediction) * (away - rest)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to get from noise to a picture.
+
+    Attributes:
+        scheduler: a scheduler of diffusers on which `set_timesteps` was called.
+        timesteps: those of its timesteps that are to be run, [S] in main memory.
+        generators: one per picture; samplers that add noise draw it from them.
+    """
+
+    scheduler: Any
+    timesteps: Tensor
+    generators: Sequence[torch.Generator]
+
+    def advance(self, t: Tensor, prediction: Tensor, latents: Tensor) -> Tensor:
+        """Return the latents after the step from timestep t."""
+        step = self.scheduler.step
+        extra = {"generator": list(self.generators)} if "generator" in inspect.signature(step).parameters else {}
+        return step(prediction, t, latents, **extra, return_dict=False)[0]
 
 
 def picture_generator(seed: int) -> torch.Generator:
@@ -64,41 +121,52 @@ def initial_noise(generators: Sequence[torch.Generator], shape: tuple[int, int, 
 
 def denoise_latents(
     predict: Predict,
-    scheduler: Any,
+    sampling: Sampling,
     start: Tensor,
     guided: Guided,
-    generators: Sequence[torch.Generator],
+    *,
+    hooks: StepHooks | None = None,
     watch: Watch = UNWATCHED,
 ) -> Tensor:
     """Run the sampler and return the scaled latents [B,C,h,w] in float32.
 
     Args:
-        predict: the denoiser; called once a step with condition and negative condition in one batch.
-        scheduler: a scheduler of diffusers on which `set_timesteps` was called.
-        start: latents [B,C,h,w] to start from, already multiplied by the scheduler's `init_noise_sigma`.
+        predict: the denoiser; called once a step with all branches of the guidance in one batch.
+        sampling: the sampler and its timesteps.
+        start: latents [B,C,h,w] to start from, in the scale of the scheduler.
         guided: what to show.
-        generators: one per picture; ancestral samplers draw their noise from them.
+        hooks: what extensions do at every step.
         watch: asked at every step whether to go on.
 
     Raises:
         RenderingStopped: `watch` said so.
     """
-    latents = start
-    both = guided.condition if guided.negative is None else join_conditions(guided.negative, guided.condition)
-    scale = guided.scale.to(start).reshape(-1, 1, 1, 1)
-    extra = {"generator": list(generators)} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    total = len(scheduler.timesteps)
-    for done, t in enumerate(scheduler.timesteps):
-        watch.step(done, total)
-        doubled = latents if guided.negative is None else torch.cat([latents, latents])
-        noisy = scheduler.scale_model_input(doubled, t)
-        prediction = predict(noisy, t.to(latents.device).expand(len(noisy)), both).float()
-        if guided.negative is not None:
-            away, towards = prediction.chunk(2)
-            prediction = away + scale * (towards - away)
-        latents = scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
-    watch.step(total, total)
+    latents, timesteps = start, sampling.timesteps
+    conditions = guided.branches
+    joined = reduce(join_conditions, conditions)
+    on_device = timesteps.to(start.device)
+    for index, value in enumerate(timesteps.tolist()):
+        watch.step(index, len(timesteps))
+        moment = Moment(index, len(timesteps), float(value))
+        noisy = sampling.scheduler.scale_model_input(repeated(latents, len(conditions)), timesteps[index])
+        call = DenoiserInput(noisy, on_device[index].expand(len(noisy)), joined)
+        advance = partial(sampling.advance, timesteps[index])
+        if hooks is None:
+            latents = advance(guided.combine(predict(moment, call).float()), latents)
+        else:
+            prediction = guided.combine(hooks.predict(moment, call, partial(predict, moment)).float())
+            latents = hooks.advance(moment, prediction, latents, advance)
+    watch.step(len(timesteps), len(timesteps))
     return latents
+
+
+def repeated(latents: Tensor, times: int) -> Tensor:
+    """Return `latents` stacked `times` times along the batch."""
+    return latents if times == 1 else torch.cat([latents] * times)
+
+
+def _per_picture(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like).reshape(-1, 1, 1, 1)
 
 
 def join_conditions(first: Condition, second: Condition) -> Condition:

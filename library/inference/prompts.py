@@ -47,6 +47,8 @@ class PromptRequest:
     scale: float = 7.5
     sampler: str = "ddim"
     controlnet_image: str | None = None
+    negative_scale: float | None = None
+    strength: float | None = None
     index: int = 0
     where: str = ""
 

@@ -29,6 +29,7 @@ class WeightPlan:
         frozen_dtype: type of the other parts.
         vae_dtype: type in which pictures are encoded and decoded.
         trained_device: where the parts that train wait until they are shared between GPUs; None: on `device`.
+        unused: names of parts that are never run: they are built without weights.
     """
 
     device: torch.device = torch.device("cpu")
@@ -37,6 +38,7 @@ class WeightPlan:
     frozen_dtype: torch.dtype = torch.float32
     vae_dtype: torch.dtype = torch.float32
     trained_device: torch.device | None = None
+    unused: tuple[str, ...] = ()
 
     def dtype_of(self, part: str) -> torch.dtype:
         """Return the type of the weights of `part`."""
@@ -44,6 +46,8 @@ class WeightPlan:
 
     def device_of(self, part: str) -> torch.device:
         """Return where the weights of `part` are put when they are loaded."""
+        if part in self.unused:
+            return torch.device("meta")
         return self.trained_device or self.device if part in self.trained else self.device
 
 

@@ -109,6 +109,8 @@ class StableDiffusion:
             check_prediction(spec, loaded.source.prediction_type, where)
             family = cls(spec, text, loaded, weights, allow_nan=model.allow_nan_weights, highvram=memory.highvram)
         for part, module in family.parts().items():
+            if part in weights.unused:
+                continue
             check_weights(module.state_dict(), f"{where} ({part})", allow_nan=model.allow_nan_weights)
         set_attention(family.unet, choose_attention(memory, weights.device))
         if weights.device.type == "cuda":

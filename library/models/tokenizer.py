@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,10 @@ VOCABULARY_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "clip_vo
 
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _SPACE = re.compile(r"\s+")
+_SYNTAX = re.compile(r"[()\[\]\\:]")
+"""What means something to `parse_attention`."""
+_PRIVATE = 0xF0000
+"""First of the characters that Unicode leaves to programs; one stands for each word with brackets while they are read."""
 
 
 class ClipTokenizer:
@@ -47,7 +51,7 @@ class ClipTokenizer:
         weighted: read attention weights in captions.
         pad: fill up to the full length with the pad token. Without, the row keeps its length of 77 so that rows can be
             stacked, but what follows the end token is `NO_TOKEN`, and the encoder cuts a batch to its longest caption.
-        extra_tokens: further tokens, with the ids from 49408 on; they are found before anything else in a caption.
+        words: further words and how many tokens each of them stands for, with the ids from 49408 on; see `with_words`.
     """
 
     def __init__(
@@ -57,7 +61,7 @@ class ClipTokenizer:
         *,
         weighted: bool = False,
         pad: bool = True,
-        extra_tokens: Sequence[str] = (),
+        words: Mapping[str, int] | None = None,
     ) -> None:
         if not pad and max_token_length is not None:
             raise UserError(
@@ -69,12 +73,17 @@ class ClipTokenizer:
         self.max_token_length = max_token_length
         self.weighted = weighted
         self.pad = pad
-        self.extra_tokens = tuple(extra_tokens)
+        self.words = dict(words or {})
         self.length = CHUNK if max_token_length is None else max_token_length + 2
-        self._special = {START: START_ID, END: END_ID}
+        self._special = {START: (START_ID,), END: (END_ID,)}
         if spec.pad_text is not None:
-            self._special[spec.pad_text] = spec.pad_id
-        self._special.update({token: VOCABULARY_SIZE + index for index, token in enumerate(self.extra_tokens)})
+            self._special[spec.pad_text] = (spec.pad_id,)
+        self._shields: dict[str, str] = {}
+        for word, ids in _word_table(self.words):
+            self._special[word] = ids
+            if _SYNTAX.search(word):
+                self._shields[word] = chr(_PRIVATE + len(self._shields))
+                self._special[self._shields[word]] = ids
         self._splitter = _splitter(self._special)
 
     @property
@@ -84,29 +93,40 @@ class ClipTokenizer:
 
     @property
     def size(self) -> int:
-        """Number of ids, extra tokens included."""
-        return VOCABULARY_SIZE + len(self.extra_tokens)
+        """Number of ids, those of added words included."""
+        return VOCABULARY_SIZE + sum(self.words.values())
 
     def for_prompts(self, max_token_length: int | None, *, weighted: bool) -> ClipTokenizer:
-        """Return a tokenizer for prompts: the same vocabulary and extra tokens, always padded."""
-        return ClipTokenizer(self.spec, max_token_length, weighted=weighted, extra_tokens=self.extra_tokens)
+        """Return a tokenizer for prompts: the same vocabulary and added words, always padded."""
+        return ClipTokenizer(self.spec, max_token_length, weighted=weighted, words=self.words)
 
-    def with_tokens(self, tokens: Iterable[str]) -> ClipTokenizer:
-        """Return a tokenizer that knows `tokens` too, after the extra tokens of this one.
+    def with_words(self, words: Mapping[str, int], *, where: str = "--token_string") -> ClipTokenizer:
+        """Return a tokenizer that knows further words, after the added words of this one.
+
+        A word that stands for n tokens is written as one word, `cat*`, and becomes n ids; the second of its tokens alone
+        is `cat*1`, the third `cat*2`. Words are found before anything else, also inside longer words, in their own
+        spelling: capital letters count. Words with brackets keep them, whatever brackets mean around them.
+
+        Args:
+            words: word to number of tokens, at least 1.
+            where: what gave the words, for messages.
 
         Raises:
-            UserError: a token exists already.
+            UserError: a word, or the name of one of its tokens, is known already, is blank, or begins or ends with a
+                space.
         """
-        added = tuple(tokens)
-        for index, token in enumerate(added):
-            if not token.strip() or token in self._special or token in added[:index] or token + "</w>" in vocabulary():
-                raise UserError(f"the token {token!r} is already in the vocabulary", "Choose a new word.")
+        known = set(self._special)
+        for word, count in words.items():
+            if not word or word != word.strip():
+                raise UserError(
+                    "a new word must have letters, and no space around it", "Choose a new word.", where=where
+                )
+            for token in _token_names(word, count):
+                if token in known or f"{token}</w>" in vocabulary():
+                    raise UserError(_known(word, token), "Choose another word that no language has.", where=where)
+                known.add(token)
         return ClipTokenizer(
-            self.spec,
-            self.max_token_length,
-            weighted=self.weighted,
-            pad=self.pad,
-            extra_tokens=self.extra_tokens + added,
+            self.spec, self.max_token_length, weighted=self.weighted, pad=self.pad, words={**self.words, **words}
         )
 
     def token_ids(self, text: str) -> list[int]:
@@ -115,7 +135,7 @@ class ClipTokenizer:
         for piece in self._splitter.split(text):
             special = self._special.get(piece)
             if special is not None:
-                ids.append(special)
+                ids.extend(special)
             elif piece:
                 ids.extend(_plain_ids(piece))
         return ids
@@ -125,6 +145,8 @@ class ClipTokenizer:
         if not self.weighted:
             ids = self.token_ids(text)
             return ids, [1.0] * len(ids)
+        for word, shield in self._shields.items():
+            text = text.replace(word, shield)
         ids, weights = [], []
         for piece, weight in parse_attention(text):
             found = self.token_ids(piece)
@@ -170,7 +192,7 @@ class ClipTokenizer:
         return f"ClipTokenizer({self.spec.name!r}, {self.max_token_length}, weighted={self.weighted}, pad={self.pad})"
 
     def _identity(self) -> tuple[Any, ...]:
-        return (self.spec, self.max_token_length, self.weighted, self.pad, self.extra_tokens)
+        return (self.spec, self.max_token_length, self.weighted, self.pad, tuple(self.words.items()))
 
 
 def tokenizers_for(spec: FamilySpec, text: TextOptions) -> tuple[ClipTokenizer, ...]:
@@ -186,6 +208,28 @@ def _cut(row: NDArray[Any]) -> NDArray[Any]:
     body = row[1:-1].reshape(-1, BODY)
     ends = np.empty((len(body), 1), row.dtype)
     return np.concatenate([np.full_like(ends, row[0]), body, np.full_like(ends, row[-1])], axis=1)
+
+
+def _token_names(word: str, count: int) -> list[str]:
+    return [word, *(f"{word}{index}" for index in range(1, count))]
+
+
+def _word_table(words: Mapping[str, int]) -> list[tuple[str, tuple[int, ...]]]:
+    """Return the ids of every added word, and of each of its tokens by name; the longest names first."""
+    table: dict[str, tuple[int, ...]] = {}
+    next_id = VOCABULARY_SIZE
+    for word, count in words.items():
+        ids = tuple(range(next_id, next_id + count))
+        table.update({name: (one,) for name, one in zip(_token_names(word, count), ids, strict=True)})
+        table[word] = ids
+        next_id += count
+    return sorted(table.items(), key=lambda item: len(item[0]), reverse=True)
+
+
+def _known(word: str, token: str) -> str:
+    if token == word:
+        return f"the word {word!r} is already in the vocabulary, so it cannot be new"
+    return f"the name {token!r} of one of the tokens of {word!r} is already in the vocabulary"
 
 
 def _splitter(special: Iterable[str]) -> re.Pattern[str]:

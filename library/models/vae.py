@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from library.models.assemble import build_module, check_weights, from_config
-from library.models.memory import give_back_memory
+from library.models.memory import give_back_memory, use_channels_last
+from library.models.vae_slices import compute_in_slices
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ class ImageCoder:
         self._allow_nan = allow_nan
         self._keep_cache = keep_cache
         self._model: Any = None
+        self._slices = 1
+        self._channels_last = False
         self._warned = False
 
     @property
@@ -64,8 +67,22 @@ class ImageCoder:
                 dtype=self.dtype,
             )
             check_weights(model.state_dict(), "VAE", allow_nan=self._allow_nan)
+            if self._slices > 1:
+                compute_in_slices(model, self._slices)
+            if self._channels_last:
+                use_channels_last(model)
             self._model = model
         return self._model
+
+    def work_in(self, *, slices: int = 1, channels_last: bool = False) -> None:
+        """Say how pictures are computed, which changes them by no more than rounding does.
+
+        Args:
+            slices: number of horizontal bands that blocks work through one after the other, to save memory.
+            channels_last: lay the weights of convolutions out channels last.
+        """
+        self.release()
+        self._slices, self._channels_last = slices, channels_last
 
     @property
     def loaded(self) -> bool:

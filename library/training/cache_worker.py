@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from tqdm import tqdm
 
+from library.errors import UserError
+
 if TYPE_CHECKING:
-    from library.training.run import Run
+    from library.training.processes import Processes
 
 Item = TypeVar("Item")
 Given = TypeVar("Given")
@@ -33,11 +35,12 @@ class CacheWorker(Generic[Item, Given]):
 
     def __init__(
         self,
-        run: Run,
+        run: Processes,
         *,
         what: str,
         prepare: Callable[[Item], Given],
         encode: Callable[[Sequence[Given]], Sequence[Callable[[], None]]],
+        failed: Callable[[UserError], None] | None = None,
     ) -> None:
         """Prepare.
 
@@ -46,14 +49,16 @@ class CacheWorker(Generic[Item, Given]):
             what: is being done, for progress bar and messages.
             prepare: makes the input of one item; called in threads.
             encode: called here with the inputs of a batch; returns what stores the results, called in a thread.
+            failed: takes the errors of single items, which are left out; None: the first one ends the work.
         """
-        self._run, self._what, self._prepare, self._encode = run, what, prepare, encode
+        self._run, self._what, self._prepare, self._encode, self._failed = run, what, prepare, encode, failed
         self._threads = max(1, min(8, (os.cpu_count() or 1) // run.local_world_size))
 
     def fill(self, plan: CachePlan[Item], batch_size: int) -> None:
         """Do this rank's share of `plan` and wait for the others. A collective call.
 
         Raises:
+            UserError: an item cannot be prepared or stored, and nobody takes such errors.
             StopTraining: a signal arrived; finished entries count at the next start.
         """
         run = self._run
@@ -71,21 +76,35 @@ class CacheWorker(Generic[Item, Given]):
             ThreadPoolExecutor(1, "write") as writer,
             tqdm(total=sum(map(len, batches)), desc=self._what, disable=not self._run.is_main, leave=False) as bar,
         ):
-            for inputs in self._read_ahead(readers, batches):
+            for items, futures in self._read_ahead(readers, batches):
+                inputs = self._results(futures)
                 self._run.stop.check(self._what)
-                writing.extend(writer.submit(store) for store in self._encode(inputs))
-                while len(writing) > 4 * len(inputs):
-                    writing.popleft().result()
-                bar.update(len(inputs))
-            for future in writing:
-                future.result()
+                if inputs:
+                    writing.extend(writer.submit(store) for store in self._encode(inputs))
+                while len(writing) > 4 * len(items):
+                    self._results([writing.popleft()])
+                bar.update(len(items))
+            self._results(writing)
 
-    def _read_ahead(self, pool: ThreadPoolExecutor, batches: list[list[Item]]) -> Iterator[list[Given]]:
-        """Yield the inputs of each batch while the next ones are being prepared."""
-        ahead: deque[list[Future[Any]]] = deque()
+    def _results(self, futures: Iterable[Future[Any]]) -> list[Any]:
+        """Wait, and return what came out, without what failed and may be left out."""
+        found = []
+        for future in futures:
+            try:
+                found.append(future.result())
+            except UserError as error:
+                if self._failed is None:
+                    raise
+                self._failed(error)
+        return found
+
+    def _read_ahead(
+        self, pool: ThreadPoolExecutor, batches: list[list[Item]]
+    ) -> Iterator[tuple[list[Item], list[Future[Given]]]]:
+        """Yield each batch and its inputs to be while the next ones are being prepared."""
+        ahead: deque[tuple[list[Item], list[Future[Given]]]] = deque()
         for items in batches:
-            ahead.append([pool.submit(self._prepare, item) for item in items])
+            ahead.append((items, [pool.submit(self._prepare, item) for item in items]))
             if len(ahead) >= _READ_AHEAD:
-                yield [future.result() for future in ahead.popleft()]
-        while ahead:
-            yield [future.result() for future in ahead.popleft()]
+                yield ahead.popleft()
+        yield from ahead

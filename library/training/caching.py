@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from library.data.dataset import LatentInput, TrainingData
+    from library.data.latent_store import LatentPlan
     from library.models.family import ModelFamily
-    from library.training.run import Run
+    from library.training.processes import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ _POSTERIOR_SEED = 0
 """Posterior draws of caches depend on the image alone, so that a cache serves runs with any seed."""
 
 
-def fill_caches(run: Run, family: ModelFamily, data: TrainingData, *, frozen_text: bool = False) -> None:
+def fill_caches(run: Processes, family: ModelFamily, data: TrainingData, *, frozen_text: bool = False) -> None:
     """Encode what the caches lack, then serve latents and captions from them. A collective call.
 
     Args:
@@ -45,7 +46,7 @@ def fill_caches(run: Run, family: ModelFamily, data: TrainingData, *, frozen_tex
     """
     for part in (data, data.validation):
         if part is not None and part.uses_latent_cache:
-            _fill_latents(run, family, part)
+            fill_latents(run, family, part)
     family.release_vae()
     if not data.fixed_captions:
         return
@@ -59,22 +60,47 @@ def fill_caches(run: Run, family: ModelFamily, data: TrainingData, *, frozen_tex
         )
 
 
-def _fill_latents(run: Run, family: ModelFamily, data: TrainingData) -> None:
+def fill_latents(
+    run: Processes,
+    family: ModelFamily,
+    data: TrainingData,
+    *,
+    failed: Callable[[UserError], None] | None = None,
+    disk_only: bool = False,
+) -> LatentPlan:
+    """Encode the pictures whose latents are missing, then serve latents from the cache. A collective call.
+
+    Args:
+        run: processes, device and options.
+        family: the model.
+        data: one part of the data.
+        failed: takes the errors of single pictures, which are left out; None: the first one ends the work.
+        disk_only: leave out what would be kept in memory.
+
+    Returns:
+        What there was to do.
+
+    Raises:
+        UserError: a picture cannot be encoded, and nobody takes such errors.
+        StopTraining: a signal arrived; finished entries count at the next start.
+    """
     vae = family.fingerprint("vae")
-    plan = run.broadcast(data.latent_plan(vae) if run.is_main else None)
+    plan: LatentPlan = run.broadcast(data.latent_plan(vae) if run.is_main else None)
     logger.info("latent cache: %s", plan.describe())
-    memory = data.create_latent_memory(plan) if run.is_local_main else None
+    todo = plan.on_disk() if disk_only else plan
+    memory = data.create_latent_memory(todo) if run.is_local_main else None
     path = run.from_node_leader(memory.path if memory else None)
-    data.use_latents(plan, vae, memory or path)
+    data.use_latents(todo, vae, memory or path)
     encoder = _LatentEncoder(run, family, data)
-    worker = CacheWorker(run, what="caching latents", prepare=data.latent_input, encode=encoder.encode)
-    worker.fill(plan, max(data.cache.vae_batch_size, 1))
+    worker = CacheWorker(run, what="caching latents", prepare=data.latent_input, encode=encoder.encode, failed=failed)
+    worker.fill(todo, max(data.cache.vae_batch_size, 1))
+    return plan
 
 
 class _LatentEncoder:
     """Encodes pictures, and their mirror images where these are needed."""
 
-    def __init__(self, run: Run, family: ModelFamily, data: TrainingData) -> None:
+    def __init__(self, run: Processes, family: ModelFamily, data: TrainingData) -> None:
         self.run, self.family, self.data = run, family, data
 
     def encode(self, inputs: Sequence[LatentInput]) -> list[Callable[[], None]]:

@@ -28,7 +28,6 @@ __all__ = [
     "ConfigOptions",
     "DatasetOptions",
     "DistributedOptions",
-    "FullTuneOptions",
     "HubOptions",
     "LengthOptions",
     "LoaderOptions",
@@ -193,26 +192,6 @@ class ScheduleOptions(OptionGroup, title="schedule"):
         matters_when={"lr_scheduler": ("cosine_with_min_lr", "warmup_stable_decay")},
         help="Lowest learning rate as a share of the highest.",
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class FullTuneOptions(OptionGroup, title="tune"):
-    """What of the text encoder is trained."""
-
-    learning_rate_te: float | None = opt(
-        None, at_least=0, help="Learning rate of the text encoder. Default: --learning_rate."
-    )
-    stop_text_encoder_training: int | None = opt(
-        None, help="Updates after which the text encoder is trained no more; negative: it is not trained at all."
-    )
-
-    def warn(self) -> Iterator[Problem]:
-        """Point out a learning rate for a text encoder that is not trained."""
-        stop = self.stop_text_encoder_training
-        if stop is not None and stop < 0 and self.learning_rate_te is not None:
-            yield Problem(
-                "--learning_rate_te", "has no effect: a negative --stop_text_encoder_training freezes the text encoder"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,21 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from library.errors import Problem
+from library.models.network_module import MODULES
 from library.option_groups import OptionGroup, opt
 from library.option_values import BadValue
 from library.training.options import OptimizerOptions, TrainingOptions
 from library.training.options_progress import SPLIT, StartOptions, ValidationOptions
-
-MODULES = (
-    "networks.lora",
-    "networks.lora_fa",
-    "networks.dylora",
-    "networks.oft",
-    "networks.loha",
-    "networks.lokr",
-    "lycoris.kohya",
-)
-"""What `--network_module` usually names; any module that follows the same protocol works."""
 
 _HALF = {"mixed_precision": ("fp16", "bf16")}
 _ENGINE = {"deepspeed": "its engine cannot hold weights of 8 bits"}

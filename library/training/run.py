@@ -1,4 +1,4 @@
-"""A training run: processes, device, precision, seed, output folder and signals, from start to clean end."""
+"""A training run: what `Processes` are, and data, seed and output folder, from start to clean end."""
 
 from __future__ import annotations
 
@@ -7,22 +7,19 @@ import os
 import secrets
 import warnings
 from contextlib import ExitStack
-from datetime import timedelta
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from library.errors import UserError
 from library.files import clean_litter
 from library.lock_file import LockFile
 from library.models.family import WeightPlan
 from library.models.memory import allow_tf32
-from library.signals import StopFlag
 from library.training.beginning import find_beginning
-from library.training.ranks import Ranks
-from library.training.step import Autocast
+from library.training.processes import Processes, make_accelerator
 from library.training.stepper import Stepper
 
 if TYPE_CHECKING:
@@ -35,67 +32,34 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SETUP_TIMEOUT_MINUTES = 120
-"""How long ranks wait for each other by default: one of them may be caching or saving for that long."""
 
-_DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-class Run:
+class Run(Processes):
     """Context of one run. Inside it the output folder is locked and signals set a flag instead of killing."""
 
+    opts: TrainingOptions
+
     def __init__(self, opts: TrainingOptions, data: TrainingData) -> None:
-        self.opts = opts
         self.data = data
         self._ddp = _ddp_settings(opts.distributed)
         self._plugin = _plugin(opts, data)
-        self.accelerator = _make_accelerator(opts, self._ddp, self._plugin)
-        self.device: torch.device = self.accelerator.device
-        self.rank: int = self.accelerator.process_index
-        self.world_size: int = self.accelerator.num_processes
-        self.is_main: bool = self.accelerator.is_main_process
-        self.local_rank: int = self.accelerator.local_process_index
-        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
-        self.ranks = Ranks.of_torch()
+        accumulation = 1 if self._plugin is None else opts.length.gradient_accumulation_steps
+        super().__init__(
+            opts, make_accelerator(opts.distributed, self._ddp, plugin=self._plugin, accumulation=accumulation)
+        )
         self.output_dir = Path(opts.save.output_dir or ".")
-        self.stop = StopFlag(announce=self.is_main)
-        self.mixed_dtype = _DTYPES[opts.precision.mixed_precision]
-        self.autocast = Autocast(self.device, self.mixed_dtype)
         scaler = _make_scaler(self.device, opts.precision)
         self.scaler = scaler if self._plugin is None else None
         self.seed = opts.length.seed or 0
         self._cleanup = ExitStack()
 
-    @property
-    def is_local_main(self) -> bool:
-        """Whether this is the first process of its node."""
-        return self.local_rank == 0
-
-    def weight_plan(self, trained: tuple[str, ...]) -> WeightPlan:
-        """Return where weights go and in which types, when the parts named `trained` train."""
+    def weight_plan(self, trained: tuple[str, ...], *, unused: tuple[str, ...] = ()) -> WeightPlan:
+        """Return where weights go and in which types, when the parts named `trained` train and `unused` never run."""
+        plan = super().weight_plan(trained, unused=unused)
         waits = self._plugin is not None and self._plugin.zero3_init_flag
-        trained_device = torch.device("cpu") if waits else None
-        return WeightPlan(self.device, trained, self.trained_dtype, self.frozen_dtype, self.vae_dtype, trained_device)
-
-    @property
-    def trained_dtype(self) -> torch.dtype:
-        """Type of the trained weights: float32 unless `--full_fp16` or `--full_bf16`."""
-        if self.opts.precision.full_fp16:
-            return torch.float16
-        return torch.bfloat16 if self.opts.precision.full_bf16 else torch.float32
-
-    @property
-    def frozen_dtype(self) -> torch.dtype:
-        """Type of weights that do not train: the mixed precision type."""
-        return self.mixed_dtype or torch.float32
-
-    @property
-    def vae_dtype(self) -> torch.dtype:
-        """Type of the VAE: float32 with `--no_half_vae`, else that of frozen weights."""
-        return torch.float32 if self.opts.model.no_half_vae else self.frozen_dtype
+        return replace(plan, trained_device=torch.device("cpu")) if waits else plan
 
     def __enter__(self) -> Run:
-        _report_world_size(self.world_size)
+        self.report_world_size()
         self.output_dir.mkdir(parents=True, exist_ok=True)
         with ExitStack() as opened:
             if self.is_main:
@@ -122,18 +86,6 @@ class Run:
         self._cleanup.close()
         if self.world_size > 1 and kind is None:
             self.accelerator.end_training()
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self.accelerator.wait_for_everyone()
-
-    def broadcast(self, value: Any) -> Any:
-        """Return rank 0's `value` (any picklable object made by us) on every rank."""
-        return self.ranks.broadcast(value)
-
-    def from_node_leader(self, value: Any) -> Any:
-        """Return the `value` of the first process of this node."""
-        return self.ranks.gather(value)[self.rank - self.local_rank]
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add a tensor up over all ranks, in place, and return it."""
@@ -200,34 +152,12 @@ def _plugin(opts: TrainingOptions, data: TrainingData) -> Any:
     return make_plugin(opts, micro_batch=batch, world_size=int(os.environ.get("WORLD_SIZE", "1")))
 
 
-def _make_accelerator(opts: TrainingOptions, ddp: Any, plugin: Any) -> Any:
-    from accelerate import Accelerator, InitProcessGroupKwargs
-
-    minutes = opts.distributed.ddp_timeout or SETUP_TIMEOUT_MINUTES
-    group = InitProcessGroupKwargs(timeout=timedelta(minutes=minutes))
-    if plugin is not None:
-        from library.training.deepspeed_plugin import engine_backend
-
-        group.backend = engine_backend()
-    # The step enters autocast and the stepper scales losses; accelerate starts processes and places modules.
-    return Accelerator(
-        mixed_precision="no",
-        gradient_accumulation_steps=1 if plugin is None else opts.length.gradient_accumulation_steps,
-        kwargs_handlers=[group, ddp],
-        deepspeed_plugin=plugin,
-    )
-
-
 def _make_scaler(device: torch.device, precision: PrecisionOptions) -> Any:
     """Return the loss scaler for float16, or None."""
     if precision.mixed_precision != "fp16":
         return None
     if device.type == "cpu":
-        raise UserError(
-            "float16 training needs a GPU, and none is used here",
-            "Use --mixed_precision bf16 or no.",
-            where="--mixed_precision fp16",
-        )
+        logger.warning("--mixed_precision fp16: no GPU is used, and processors are slow in float16")
     if precision.full_fp16:
         return _HalfGradientScaler(device.type)
     return torch.amp.GradScaler(device.type)
@@ -238,13 +168,6 @@ class _HalfGradientScaler(torch.amp.GradScaler):
 
     def _unscale_grads_(self, optimizer: Any, inv_scale: Any, found_inf: Any, allow_fp16: bool) -> Any:  # noqa: FBT001
         return super()._unscale_grads_(optimizer, inv_scale, found_inf, True)
-
-
-def _report_world_size(world_size: int) -> None:
-    requested = int(os.environ.get("WORLD_SIZE", "1"))
-    logger.info("running on %d process%s", world_size, "" if world_size == 1 else "es")
-    if requested != world_size:
-        logger.warning("the launcher asked for %d processes, but %d run", requested, world_size)
 
 
 def _set_determinism(deterministic: bool) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from library.data.cache_names import CacheRules
     from library.data.dataset import TrainingData
     from library.models.family import ModelFamily
-    from library.training.run import Run
+    from library.training.processes import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ AUTOMATIC_BYTES = 1 << 30
 """Captions whose outputs need at most this much are cached in memory without being asked for."""
 
 
-def cache_texts(run: Run, family: ModelFamily, data: TrainingData) -> bool:
+def cache_texts(run: Processes, family: ModelFamily, data: TrainingData) -> TextPlan | None:
     """Encode all captions of the data and serve them from then on. A collective call.
 
     Args:
@@ -42,7 +42,7 @@ def cache_texts(run: Run, family: ModelFamily, data: TrainingData) -> bool:
         data: with captions that do not vary, its validation part included.
 
     Returns:
-        Whether the captions are served from the cache; if not, the encoders must run in every step.
+        What there was to do, or None when captions are not served from the cache: encoders must run in every step.
 
     Raises:
         UserError: a caption cannot be encoded, or there is no room for what was asked for.
@@ -64,21 +64,21 @@ def cache_texts(run: Run, family: ModelFamily, data: TrainingData) -> bool:
             format_bytes(plan.memory_bytes),
             format_bytes(AUTOMATIC_BYTES),
         )
-        return False
+        return None
     memory = _shared_memory(run, plan, layout, asked=asked)
     if memory is None:
-        return False
+        return None
     logger.info("text encoder outputs: %s; the text encoder does not run in the steps", plan.describe())
     store = encoder.store = TextStore(rows, plan, memory, layout, origin)
     worker = CacheWorker(run, what="caching text encoder outputs", prepare=encoder.prepare, encode=encoder.encode)
     worker.fill(plan, cache.text_encoder_batch_size or max(spec.batch_size for spec in data.specs))
     for part, source in zip(parts, store.sources(trusting=cache.skip_cache_check), strict=True):
         part.use_texts(source)
-    return True
+    return plan
 
 
 def _look(
-    run: Run, family: ModelFamily, rows: TextRows, layout: TextLayout, rules: CacheRules, *, to_disk: bool
+    run: Processes, family: ModelFamily, rows: TextRows, layout: TextLayout, rules: CacheRules, *, to_disk: bool
 ) -> tuple[TextPlan, dict[str, Any]]:
     """Return what must be encoded, and what files record of their origin besides the caption."""
     if not to_disk:
@@ -98,7 +98,7 @@ def _look(
     return plan_texts(rows, layout, origin, rules, to_disk=True), origin
 
 
-def _shared_memory(run: Run, plan: TextPlan, layout: TextLayout, *, asked: bool) -> TextMemory | None:
+def _shared_memory(run: Processes, plan: TextPlan, layout: TextLayout, *, asked: bool) -> TextMemory | None:
     """Return the memory that all ranks of this node share; None when some node has no room and nobody asked for it."""
     memory, problem = None, None
     if run.is_local_main:
@@ -131,7 +131,7 @@ class _CaptionEncoder:
 
     store: TextStore
 
-    def __init__(self, run: Run, family: ModelFamily, data: TrainingData) -> None:
+    def __init__(self, run: Processes, family: ModelFamily, data: TrainingData) -> None:
         self.run, self.family = run, family
         self.tokenizers = data.catalogue.tokenizers
         # Outputs of bfloat16 are widened, which numpy does not know.

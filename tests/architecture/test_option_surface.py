@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import fine_tune
 import train_db
 import train_network
 from library.option_parser import parse
@@ -20,6 +21,7 @@ DECLARATIONS = {
     "checks_network.py",
     "options.py",
     "options_doc.py",
+    "options_full.py",
     "options_network.py",
     "options_objective.py",
     "options_output.py",
@@ -27,9 +29,9 @@ DECLARATIONS = {
     "retired.py",
 }
 # Options that ask for what always happens, one that its group reads itself, and one that is only stored.
-HONOURED = {"sdpa", "persistent_data_loader_workers", "resume_override", "training_comment"}
+HONOURED = {"diffusers_xformers", "sdpa", "persistent_data_loader_workers", "resume_override", "training_comment"}
 
-SCRIPTS = {"train_db": train_db.Options, "train_network": train_network.Options}
+SCRIPTS = {"train_db": train_db.Options, "fine_tune": fine_tune.Options, "train_network": train_network.Options}
 GOLDEN = {
     script: json.loads((ROOT / "tests" / "golden" / f"{script}_options.json").read_text(encoding="utf-8"))
     for script in SCRIPTS
@@ -55,13 +57,11 @@ OURS = {
     "strict_args",
 }
 
+TEXT_CACHES = {"cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk", "text_encoder_batch_size"}
 OURS_IN: dict[str, set[str]] = {
     "train_db": set(),
-    "train_network": {
-        "cache_text_encoder_outputs",
-        "cache_text_encoder_outputs_to_disk",
-        "text_encoder_batch_size",
-    },
+    "fine_tune": TEXT_CACHES,
+    "train_network": TEXT_CACHES,
 }
 
 OPTIONS = {

@@ -17,13 +17,13 @@ from library.training.deepspeed_checks import deepspeed_problems, deepspeed_warn
 from library.training.deepspeed_plugin import engine_backend, make_plugin, uses_engine
 from library.training.options import (
     DistributedOptions,
-    FullTuneOptions,
     LengthOptions,
     OptimizerOptions,
     PrecisionOptions,
     StateOptions,
     TrainingOptions,
 )
+from library.training.options_full import DreamBoothOptions
 from tests.support import tensor_digest
 from train_db import Options
 
@@ -105,7 +105,7 @@ ON_CPU = {"offload_optimizer_device": "cpu"}
 @pytest.mark.parametrize(
     ("distributed", "others", "named"),
     [
-        ({}, {"tune": FullTuneOptions(stop_text_encoder_training=3)}, "stop_text_encoder_training"),
+        ({}, {"tune": DreamBoothOptions(stop_text_encoder_training=3)}, "stop_text_encoder_training"),
         ({}, {"optimizer": OptimizerOptions(optimizer_type="AdamWScheduleFree")}, "AdamWScheduleFree"),
         ({}, {"optimizer": OptimizerOptions(optimizer_type="DAdaptAdam")}, "DAdaptAdam"),
         ({}, {"optimizer": OptimizerOptions(optimizer_type="Adafactor")}, "Adafactor"),
@@ -126,7 +126,7 @@ ON_CPU = {"offload_optimizer_device": "cpu"}
     ],
 )
 def test_refusals(distributed, others, named):
-    others = {"tune": FullTuneOptions(), **others}
+    others = {"tune": DreamBoothOptions(), **others}
     given = Options(distributed=DistributedOptions(deepspeed=True, **distributed), **others)
     assert any(named in str(problem) for problem in deepspeed_problems(given))
     plain = Options(distributed=DistributedOptions(), **others)

@@ -15,23 +15,16 @@ from torch import nn
 
 from library.contracts import ParamGroup
 from library.errors import UserError, raise_problems
+from library.models.network_files import KohyaFile, load_network_weights, merge_networks
+from library.models.network_module import calling, import_network_module, is_ours
 from library.randomness import derive
 from library.training.checks_network_files import value_problems
 from library.training.lycoris_args import float8_problems
-from library.training.network_files import (
-    KohyaFile,
-    load_network_weights,
-    merge_base_networks,
-    save_network,
-    try_saving,
-)
+from library.training.network_files import save_network, try_saving
 from library.training.network_metadata import network_metadata
 from library.training.network_module import (
     PRESERVE,
     argument_problems,
-    calling,
-    import_network_module,
-    is_ours,
     optimizer_groups,
     require_network,
     require_strength,
@@ -91,7 +84,7 @@ class NetworkPlan:
 
     def prepare(self, family: ModelFamily) -> None:
         """Change the model in memory as the options ask, before anything of it is cached."""
-        merge_base_networks(family, self.opts.network.base_networks)
+        merge_networks(family, self.opts.network.base_networks, "--base_weights")
         precision = self.opts.precision
         if precision.fp8_base or self.opts.network.fp8_base_unet:
             family.store_in_float8(("unet", "text_encoder") if precision.fp8_base else ("unet",))

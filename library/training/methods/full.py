@@ -23,13 +23,7 @@ if TYPE_CHECKING:
     from library.draws import Draws
     from library.models.family import ModelFamily
     from library.training.model_saves import Describe, RunFacts
-    from library.training.options import FullTuneOptions, TrainingOptions
-
-
-def trained_parts(tune: FullTuneOptions) -> tuple[str, ...]:
-    """Return the names of the family's parts that train at any time of the run."""
-    stop = tune.stop_text_encoder_training
-    return ("unet", "text_encoder") if stop is None or stop >= 0 else ("unet",)
+    from library.training.options_full import FullTrainingOptions
 
 
 class FullTune:
@@ -39,14 +33,14 @@ class FullTune:
     flat_parameters = False
     may_skip_parameters = False
 
-    def __init__(self, family: ModelFamily, tune: FullTuneOptions, opts: TrainingOptions) -> None:
+    def __init__(self, family: ModelFamily, opts: FullTrainingOptions) -> None:
         self.family = family
-        self.tune = tune
+        self.tune = opts.tune
         self.learning_rate = opts.optimizer.learning_rate
         self.memory, self.saves = opts.memory, opts.save
         self.zero_terminal_snr = opts.noise.zero_terminal_snr
-        self.stop_step = tune.stop_text_encoder_training
-        self.trains_text = "text_encoder" in trained_parts(tune)
+        self.stop_step = opts.tune.text_encoder_stop
+        self.trains_text = opts.tune.trains_text_encoder
         self.text_active = self.trains_text
         self.uses_global_randomness = False
 

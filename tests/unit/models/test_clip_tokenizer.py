@@ -41,7 +41,7 @@ def test_a_special_token_in_disguise_is_one_token():
 
 
 def test_pickled_tokenizer_is_small_and_equal():
-    tokenizer = ClipTokenizer(SD_V2_TOKENIZER, 225, weighted=True).with_tokens(["<frog>"])
+    tokenizer = ClipTokenizer(SD_V2_TOKENIZER, 225, weighted=True).with_words({"<frog>": 2})
     tokenizer.encode("warm up")
     data = pickle.dumps(tokenizer)
     assert len(data) < 2000
@@ -50,18 +50,47 @@ def test_pickled_tokenizer_is_small_and_equal():
     np.testing.assert_array_equal(again.encode("a <frog>! (x:2)")[0], tokenizer.encode("a <frog>! (x:2)")[0])
 
 
-def test_extra_tokens_come_first():
-    tokenizer = ClipTokenizer(SD_V1_TOKENIZER).with_tokens(["<frog>", "<frog> 1"]).with_tokens(["zqx_1"])
+def test_added_words_come_first():
+    tokenizer = ClipTokenizer(SD_V1_TOKENIZER).with_words({"<frog>": 1, "<frog> 1": 1}).with_words({"zqx_1": 1})
     assert tokenizer.size == 49411
     assert tokenizer.token_ids("a <frog> 1 and<frog>, zqx_1") == [320, 49409, 537, 49408, 267, 49410]
     assert tokenizer.for_prompts(None, weighted=True).token_ids("(zqx_1)")[1:-1] == [49410]
 
 
-@pytest.mark.parametrize("token", ["cat", "<frog>", "<|endoftext|>", " "])
-def test_known_words_cannot_be_added(token):
-    tokenizer = ClipTokenizer(SD_V1_TOKENIZER).with_tokens(["<frog>"])
-    with pytest.raises(UserError, match="already in the vocabulary"):
-        tokenizer.with_tokens([token])
+def test_a_word_stands_for_all_its_tokens_and_each_has_a_name():
+    tokenizer = ClipTokenizer(SD_V1_TOKENIZER).with_words({"shs*": 3}).with_words({"frg": 2})
+    assert tokenizer.token_ids("a shs* cat") == [320, 49408, 49409, 49410, 2368]
+    assert tokenizer.token_ids("shs*1 shs*2, frg1") == [49409, 49410, 267, 49412]
+    assert tokenizer.token_count("frg frg") == 4
+    assert ClipTokenizer(SD_V1_TOKENIZER).token_ids("shs*") == tokenizer.token_ids("SHS*")
+
+
+def test_weights_hold_for_all_tokens_of_a_word():
+    tokenizer = ClipTokenizer(SD_V1_TOKENIZER, weighted=True).with_words({"frg": 2})
+    assert tokenizer.weighted_ids("(frg:1.5) cat") == ([49408, 49409, 2368], [1.5, 1.5, 1.0])
+
+
+def test_brackets_inside_a_word_are_no_weights():
+    tokenizer = ClipTokenizer(SD_V1_TOKENIZER, weighted=True).with_words({"[V:2]": 2, "a(b": 1})
+    assert tokenizer.weighted_ids("[V:2] ([V:2]1:1.5) a(b") == ([49408, 49409, 49409, 49410], [1.0, 1.0, 1.5, 1.0])
+
+
+@pytest.mark.parametrize("word", ["cat", "<frog>", "<|endoftext|>", "<frog>1"])
+def test_known_words_cannot_be_added(word):
+    tokenizer = ClipTokenizer(SD_V1_TOKENIZER).with_words({"<frog>": 2})
+    with pytest.raises(UserError, match="--token_string.*already in the vocabulary"):
+        tokenizer.with_words({word: 1})
+
+
+def test_the_names_of_further_tokens_must_be_new_too():
+    with pytest.raises(UserError, match="a.pt: the name 'frg2' of one of the tokens of 'frg' is already"):
+        ClipTokenizer(SD_V1_TOKENIZER).with_words({"frg2": 1}).with_words({"frg": 3}, where="a.pt")
+
+
+@pytest.mark.parametrize("word", ["", " ", " frg", "frg "])
+def test_blank_words_cannot_be_added(word):
+    with pytest.raises(UserError, match="no space around it"):
+        ClipTokenizer(SD_V1_TOKENIZER).with_words({word: 1})
 
 
 def test_threads_share_a_tokenizer():

@@ -14,14 +14,15 @@ import pytest
 from library.errors import UserError
 from library.option_parser import parse
 from library.training.checks import check_output
-from library.training.options import FullTuneOptions, TrainingOptions
+from library.training.options import TrainingOptions
+from library.training.options_full import DreamBoothOptions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(TrainingOptions, script="train_db", leave_out=("dataset_repeats",)):
     """Everything that train_db.py accepts."""
 
-    tune: FullTuneOptions = field(default_factory=FullTuneOptions)
+    tune: DreamBoothOptions = field(default_factory=DreamBoothOptions)
 
 
 @pytest.fixture

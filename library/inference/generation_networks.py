@@ -1,0 +1,260 @@
+"""LoRAs and other networks in generation: merged into the model, or attached to it with a strength for each picture."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from library.errors import UserError
+from library.inference.extensions import Extension, StepHooks
+from library.models.network_files import KohyaFile, load_network_weights, merge_networks
+from library.models.network_module import MODULES, calling, import_network_module
+
+if TYPE_CHECKING:
+    import torch
+
+    from library.contracts import FamilySpec
+    from library.inference.extensions import BatchContext, PictureInputs
+    from library.inference.options import NetworkUseOptions
+    from library.inference.prompts import PromptRequest
+    from library.models.family import ModelFamily
+
+logger = logging.getLogger(__name__)
+
+_OPTION = "--network_weights"
+_DEFAULT_MODULE = "networks.lora"
+_METHODS = ("apply_to", "load_weights")
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkSource:
+    """One network of the command line.
+
+    Attributes:
+        module: name of its Python module.
+        path: of its file.
+        strength: without `--am`.
+        arguments: of the module.
+        merged: whether it becomes part of the model's weights.
+    """
+
+    module: str
+    path: str
+    strength: float
+    arguments: dict[str, str]
+    merged: bool
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the module's files may be of a layout that is not known here."""
+        return self.module not in MODULES
+
+
+def network_sources(options: NetworkUseOptions) -> list[NetworkSource]:
+    """Return the networks that the options name, each with what belongs to it."""
+    modules = options.network_module or (_DEFAULT_MODULE,)
+    sources = []
+    for index, path in enumerate(options.network_weights):
+        written = options.network_args[index] if index < len(options.network_args) else ""
+        pairs = (item.partition("=") for item in written.split(";") if item.strip())
+        sources.append(
+            NetworkSource(
+                module=modules[min(index, len(modules) - 1)],
+                path=path,
+                strength=options.network_mul[index] if index < len(options.network_mul) else 1.0,
+                arguments={name.strip(): value.strip() for name, _, value in pairs},
+                merged=index < options.merged_count,
+            )
+        )
+    return sources
+
+
+def check_networks(sources: Sequence[NetworkSource], spec: FamilySpec, *, show_metadata: bool = False) -> None:
+    """Look at modules and headers of files before the model is loaded.
+
+    Args:
+        sources: the networks.
+        spec: of the model that they shall change.
+        show_metadata: write what the files say about themselves to the log.
+
+    Raises:
+        UserError: a module cannot be imported, or a file is damaged or for another model.
+    """
+    from library.checkpoints.lora_file import inspect_lora, require_base, require_layers
+
+    for source in sources:
+        import_network_module(source.module)
+        if source.foreign:
+            continue
+        info = inspect_lora(source.path)
+        require_base(info, spec.name, _OPTION)
+        require_layers(info, _OPTION)
+        if show_metadata:
+            text = json.dumps(dict(info.metadata), indent=2, ensure_ascii=False, sort_keys=True)
+            logger.info("metadata of %s: %s", source.path, text)
+
+
+@dataclass(slots=True)
+class _Attached:
+    """A network on its layers, and the strength that it has now (None: not set yet)."""
+
+    source: NetworkSource
+    network: Any
+    calculated: bool
+    strength: float | None = None
+
+    def set_strength(self, strength: float) -> None:
+        """Change the strength; at 0 the network leaves its layers, where it can, so that nothing of it is left."""
+        network = self.network
+        if self.calculated:
+            network.set_multiplier(strength)
+            network.set_enabled(False)
+        elif strength != self.strength:
+            if hasattr(network, "set_multiplier"):
+                network.set_multiplier(strength)
+            elif strength != 1:
+                what = f"its network has no set_multiplier, so its strength is 1 and not {strength:g}"
+                raise UserError(what, where=f"--network_module {self.source.module}")
+            if hasattr(network, "set_enabled"):
+                network.set_enabled(strength != 0)
+        self.strength = strength
+
+
+class NetworkBank(Extension):
+    """The attached networks of a model; pictures that want other strengths (`--am`) are made in other batches."""
+
+    def __init__(self, attached: Sequence[_Attached]) -> None:
+        self._attached = list(attached)
+        self._current: tuple[float, ...] | None = None
+        self._warned = False
+
+    def __len__(self) -> int:
+        return len(self._attached)
+
+    @property
+    def networks(self) -> list[Any]:
+        """The network objects, in the order of the options."""
+        return [item.network for item in self._attached]
+
+    def strengths(self, request: PromptRequest) -> tuple[float, ...]:
+        """Return the strength of each network for a picture; the last one of `--am` stands for those that follow."""
+        wanted = request.multipliers
+        if not wanted:
+            return tuple(item.source.strength for item in self._attached)
+        if len(wanted) > len(self._attached) and not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s: --am gives %d strengths for %d attached networks", request.where, len(wanted), len(self._attached)
+            )
+        return tuple(wanted[min(index, len(wanted) - 1)] for index in range(len(self._attached)))
+
+    def batch_key(self, request: PromptRequest, inputs: PictureInputs) -> tuple[float, ...]:
+        """Pictures share a batch when all networks have the same strengths."""
+        return self.strengths(request)
+
+    @contextmanager
+    def begin(self, batch: BatchContext) -> Iterator[StepHooks]:
+        """Set the strengths; they stay until a batch wants others."""
+        self.set_strengths(self.strengths(batch.requests[0]))
+        yield StepHooks()
+
+    def set_strengths(self, wanted: tuple[float, ...]) -> None:
+        """Give every network its strength."""
+        if wanted == self._current:
+            return
+        calculated = [item for item in self._attached if item.calculated]
+        for item in calculated:
+            item.network.restore_weights()
+        for item, strength in zip(self._attached, wanted, strict=True):
+            item.set_strength(strength)
+        for item in calculated:
+            if item.strength:
+                item.network.pre_calculation()
+        self._current = wanted
+
+
+def prepare_networks(
+    family: ModelFamily, sources: Sequence[NetworkSource], dtype: torch.dtype, *, pre_calculate: bool = False
+) -> NetworkBank:
+    """Merge what is to be merged and attach the rest.
+
+    Args:
+        family: its weights change, or get networks attached.
+        sources: the networks, in order.
+        dtype: number format of attached networks.
+        pre_calculate: add attached networks to the weights before each batch, where they can.
+
+    Raises:
+        UserError: a file or module cannot be used with this model.
+    """
+    bank = []
+    for source in sources:
+        if source.merged:
+            _merge(family, source)
+        else:
+            bank.append(_attach(family, source, dtype, pre_calculate=pre_calculate))
+    return NetworkBank(bank)
+
+
+def _merge(family: ModelFamily, source: NetworkSource) -> None:
+    if not source.foreign:
+        # Files of known layouts are added by the rules of their kinds: no network object is needed.
+        merge_networks(family, [(source.path, source.strength)], _OPTION)
+        return
+    where = f"--network_module {source.module}"
+    network, weights = _create(family, source)
+    with calling(source.module, "merge_to"):
+        if not hasattr(network, "merge_to") or not getattr(network, "is_mergeable", lambda: True)():
+            raise UserError("its network cannot be merged", "Leave out --network_merge.", where=where)
+        network.merge_to(_text_encoder(family), family.denoiser, weights, None, None)
+
+
+def _attach(family: ModelFamily, source: NetworkSource, dtype: torch.dtype, *, pre_calculate: bool) -> _Attached:
+    network, _ = _create(family, source)
+    where = f"--network_module {source.module}"
+    missing = [method for method in _METHODS if not callable(getattr(network, method, None))]
+    if missing:
+        raise UserError(f"its network has no method {missing[0]}", where=where)
+    with calling(source.module, "apply_to"):
+        network.apply_to(_text_encoder(family), family.denoiser, True, True)  # noqa: FBT003 - the protocol's signature
+    with calling(source.module, "load_weights"):
+        load_network_weights(network, source.path, family.spec.name, foreign=source.foreign)
+    network.to(device=next(family.denoiser.parameters()).device, dtype=dtype)
+    network.requires_grad_(False).eval()
+    needed = ("backup_weights", "restore_weights", "pre_calculation", "set_enabled")
+    calculated = pre_calculate and all(hasattr(network, name) for name in needed)
+    if calculated:
+        network.backup_weights()
+    elif pre_calculate:
+        logger.warning("--network_pre_calc has no effect on %s: %s cannot do that", source.path, source.module)
+    return _Attached(source, network, calculated)
+
+
+def _create(family: ModelFamily, source: NetworkSource) -> tuple[Any, Any]:
+    module = import_network_module(source.module)
+    with (
+        calling(source.module, "create_network_from_weights"),
+        KohyaFile(source.path, family.spec.name, _OPTION, foreign=source.foreign) as readable,
+    ):
+        network, weights = module.create_network_from_weights(
+            source.strength,
+            str(readable),
+            getattr(family, "vae", None),
+            _text_encoder(family),
+            family.denoiser,
+            for_inference=True,
+            **source.arguments,
+        )
+    if network is None:
+        raise UserError("created no network", "Its messages above may say why.", where=f"{_OPTION} {source.path}")
+    return network, weights
+
+
+def _text_encoder(family: ModelFamily) -> Any:
+    """One text encoder as it is, several as a list: modules choose their names by that."""
+    encoders = family.text_encoders
+    return encoders[0] if len(encoders) == 1 else list(encoders)

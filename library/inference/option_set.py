@@ -1,0 +1,57 @@
+"""All options of gen_img.py together, and the rules between their groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from library.errors import Problem
+from library.inference.options import (
+    CheckpointOptions,
+    NetworkUseOptions,
+    NoiseExperimentOptions,
+    PictureFileOptions,
+    PromptSourceOptions,
+    PromptTextOptions,
+    SamplingOptions,
+    SpeedOptions,
+)
+from library.inference.options_pictures import (
+    ControlOptions,
+    DeepShrinkOptions,
+    GradualLatentOptions,
+    HighresOptions,
+    ImageInputOptions,
+    SdxlSizeOptions,
+)
+from library.option_groups import OptionSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions(OptionSet):
+    """Everything about making pictures."""
+
+    model: CheckpointOptions = field(default_factory=CheckpointOptions)
+    speed: SpeedOptions = field(default_factory=SpeedOptions)
+    source: PromptSourceOptions = field(default_factory=PromptSourceOptions)
+    files: PictureFileOptions = field(default_factory=PictureFileOptions)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    text: PromptTextOptions = field(default_factory=PromptTextOptions)
+    networks: NetworkUseOptions = field(default_factory=NetworkUseOptions)
+    images: ImageInputOptions = field(default_factory=ImageInputOptions)
+    highres: HighresOptions = field(default_factory=HighresOptions)
+    shrink: DeepShrinkOptions = field(default_factory=DeepShrinkOptions)
+    gradual: GradualLatentOptions = field(default_factory=GradualLatentOptions)
+    control: ControlOptions = field(default_factory=ControlOptions)
+    noise: NoiseExperimentOptions = field(default_factory=NoiseExperimentOptions)
+    sizes: SdxlSizeOptions = field(default_factory=SdxlSizeOptions)
+
+    def check_together(self) -> Iterator[Problem]:
+        """A run needs prompts from somewhere, and a mask needs something to be a mask of."""
+        source, images = self.source, self.images
+        if not (source.prompt or source.from_file or source.from_module or source.interactive or images.image_path):
+            hint = "Give --prompt, --from_file, --from_module, --interactive, or --image_path with pictures made here."
+            yield Problem("", "there is no prompt", hint)
+        if images.mask_path and not images.image_path and not self.networks.network_weights:
+            what = "is a mask of --image_path, or of the regions of --network_weights, and there is neither"
+            yield Problem("--mask_path", what)

@@ -1,0 +1,251 @@
+"""The options of a prompt, one row each: how they are written, what they take, and which field of a request they set.
+
+There are two places for prompts: sample pictures of a training run, and gen_img.py, which knows more options. A `Place`
+is the table of one of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from library.file_names import bad_file_name
+from library.inference.samplers import SAMPLER_NAMES
+
+MAX_SIDE = 8192
+MAX_NUMBER = 1e6
+_MAX_SEED = 2**64 - 1
+_MAX_SEEDS = 100_000
+_SIDE_STEP, _MIN_SIDE = 8, 64
+
+
+class UnusableValue(Exception):
+    """A value is not what its option takes; the text says what it takes."""
+
+
+class Written(str):
+    """A value from a prompt line, where numbers are written as text; in a table a number must be a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptOption:
+    """An option of a prompt.
+
+    Attributes:
+        flag: `--flag` in a line.
+        key: name in a table.
+        read: makes the value, or raises `UnusableValue`.
+        field: of `PromptRequest`; `name.key` for a key of a mapping; None: the option has no effect.
+        sdxl: only SDXL models can do something with it.
+    """
+
+    flag: str
+    key: str
+    read: Callable[[Any], Any]
+    field: str | None
+    sdxl: bool = False
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where prompts stand, and the options that they may have there.
+
+    Attributes:
+        options: all options.
+        elsewhere: options that only the other place knows.
+        elsewhere_name: what the other place is called in messages.
+        sdxl: the model is an SDXL model.
+    """
+
+    options: tuple[PromptOption, ...]
+    elsewhere: tuple[PromptOption, ...] = ()
+    elsewhere_name: str = ""
+    sdxl: bool = False
+
+    @cached_property
+    def by_flag(self) -> Mapping[str, PromptOption]:
+        """The options by flag, in lower case."""
+        return {option.flag: option for option in self.options}
+
+    @cached_property
+    def by_key(self) -> Mapping[str, PromptOption]:
+        """The options by their names in tables, `prompt` included."""
+        return {option.key: option for option in (PROMPT_TEXT, *self.options)}
+
+    def flag_hint(self, flag: str) -> str:
+        """Return what to do about the unknown `--flag`."""
+        glued = re.fullmatch(r"([A-Za-z]+)[=:]?([0-9.+-].*)", flag)
+        if glued and glued[1].lower() in self.by_flag:
+            return f"Write --{glued[1]} {glued[2]}."
+        known = f"Known: {' '.join('--' + name for name in self.by_flag)}."
+        if flag.lower() in (option.flag for option in self.elsewhere):
+            return f"It is for {self.elsewhere_name}. {known}"
+        return known
+
+    def key_hint(self, key: str) -> str:
+        """Return what to do about the unknown `key` of a table."""
+        if key in (option.key for option in self.elsewhere):
+            return f"It is for {self.elsewhere_name}."
+        near = difflib.get_close_matches(key, self.by_key, 1)
+        return f"Did you mean {near[0]}?" if near else f"Known: {', '.join(self.by_key)}."
+
+
+def whole(low: int, high: int) -> Callable[[Any], int]:
+    """Return a reader of whole numbers from `low` to `high`."""
+
+    def read(value: Any) -> int:
+        if isinstance(value, Written) and re.fullmatch(r"[+-]?[0-9]{1,20}", value):
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise UnusableValue(f"a whole number from {low} to {high}")
+        return value
+
+    return read
+
+
+def _side(value: Any) -> int:
+    pixels = whole(1, MAX_SIDE)(value)
+    return max(_MIN_SIDE, pixels - pixels % _SIDE_STEP)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, Written) and re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", value):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MAX_NUMBER:
+        raise UnusableValue("a number")
+    return float(value)
+
+
+def _from_to(low: float, high: float) -> Callable[[Any], float]:
+    def read(value: Any) -> float:
+        try:
+            number = _number(value)
+        except UnusableValue:
+            number = high + 1
+        if not low <= number <= high:
+            raise UnusableValue(f"a number from {low:g} to {high:g}")
+        return number
+
+    return read
+
+
+def _number_or_none(value: Any) -> float | None:
+    if isinstance(value, str) and value.lower() == "none":
+        return None
+    try:
+        return _number(value)
+    except UnusableValue:
+        raise UnusableValue("a number, or none") from None
+
+
+def _list_of(read: Callable[[Any], Any], takes: str) -> Callable[[Any], tuple[Any, ...]]:
+    """Return a reader of lists: `1,2,3` in a line, a list or a single value in a table."""
+
+    def read_list(value: Any) -> tuple[Any, ...]:
+        if isinstance(value, Written):
+            items: list[Any] = [Written(item.strip()) for item in value.split(",", _MAX_SEEDS)]
+        else:
+            items = value if isinstance(value, list) else [value]
+        try:
+            found = tuple(read(item) for item in items)
+        except UnusableValue:
+            found = ()
+        if not 0 < len(found) <= _MAX_SEEDS:
+            raise UnusableValue(takes)
+        return found
+
+    return read_list
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise UnusableValue("text")
+    return re.sub(r"[\x00-\x1f\x7f]+", " ", value).strip()
+
+
+def _file_name(value: Any) -> str:
+    name = _text(value)
+    reason = bad_file_name(name) if name else "is empty"
+    if reason is not None:
+        raise UnusableValue(f"a file name without folders; this one {reason}")
+    return name
+
+
+def _unsharp(value: Any) -> str:
+    """Kernel size, sigma, strength and, if wanted, whether the target is sharpened."""
+    text = "".join(_text(value).split())
+    if not re.fullmatch(r"none|[0-9]+(,[0-9]*\.?[0-9]+){2}(,[01])?", text, re.IGNORECASE):
+        raise UnusableValue("kernel size, sigma, strength and 1 or 0, such as 3,0.5,0.5,1")
+    return text.lower()
+
+
+def _sampler(value: Any) -> str:
+    if not isinstance(value, str) or value.lower() not in SAMPLER_NAMES:
+        raise UnusableValue(f"one of {', '.join(SAMPLER_NAMES)}")
+    return value.lower()
+
+
+PROMPT_TEXT = PromptOption("", "prompt", _text, "prompt")
+"""The text of the prompt itself, which has no flag."""
+
+_seed = whole(0, _MAX_SEED)
+_timestep = whole(0, 1000)
+_pixels = whole(1, 1 << 16)
+
+_SHARED: tuple[PromptOption, ...] = (
+    PromptOption("n", "negative_prompt", _text, "negative_prompt"),
+    PromptOption("w", "width", _side, "width"),
+    PromptOption("h", "height", _side, "height"),
+    PromptOption("s", "sample_steps", whole(1, 1000), "steps"),
+)
+
+_SHARED_REST: tuple[PromptOption, ...] = (
+    PromptOption("l", "scale", _number, "scale"),
+    PromptOption("ss", "sample_sampler", _sampler, "sampler"),
+    PromptOption("cn", "controlnet_image", _text, "controlnet_image"),
+    # For other kinds of models; accepted so that one prompt file serves several trainers.
+    PromptOption("g", "guidance_scale", _number, None),
+    PromptOption("ctr", "cfg_trunc_ratio", _number, None),
+    PromptOption("rcfg", "renorm_cfg", _number, None),
+    PromptOption("fs", "flow_shift", _number, None),
+)
+
+_GENERATION_ONLY: tuple[PromptOption, ...] = (
+    PromptOption("nl", "negative_scale", _number_or_none, "negative_scale"),
+    PromptOption("t", "strength", _from_to(0, 1), "strength"),
+    PromptOption("c", "clip_prompt", _text, "clip_prompt"),
+    PromptOption("am", "network_mul", _list_of(_number, "numbers separated by commas"), "multipliers"),
+    PromptOption("f", "file_name", _file_name, "file_name"),
+    PromptOption("ow", "original_width", _pixels, "original_width", sdxl=True),
+    PromptOption("oh", "original_height", _pixels, "original_height", sdxl=True),
+    PromptOption("nw", "original_width_negative", _pixels, "original_width_negative", sdxl=True),
+    PromptOption("nh", "original_height_negative", _pixels, "original_height_negative", sdxl=True),
+    PromptOption("ct", "crop_top", whole(-(1 << 16), 1 << 16), "crop_top", sdxl=True),
+    PromptOption("cl", "crop_left", whole(-(1 << 16), 1 << 16), "crop_left", sdxl=True),
+    PromptOption("dsd1", "ds_depth_1", whole(-1, 100), "deep_shrink.depth_1"),
+    PromptOption("dst1", "ds_timesteps_1", _timestep, "deep_shrink.timesteps_1"),
+    PromptOption("dsd2", "ds_depth_2", whole(-1, 100), "deep_shrink.depth_2"),
+    PromptOption("dst2", "ds_timesteps_2", _timestep, "deep_shrink.timesteps_2"),
+    PromptOption("dsr", "ds_ratio", _from_to(0.01, 1), "deep_shrink.ratio"),
+    PromptOption("glt", "gradual_latent_timesteps", _timestep, "gradual_latent.timesteps"),
+    PromptOption("glr", "gradual_latent_ratio", _from_to(0.01, 1), "gradual_latent.ratio"),
+    PromptOption("gle", "gradual_latent_every_n_steps", whole(1, 1000), "gradual_latent.every_n_steps"),
+    PromptOption("gls", "gradual_latent_ratio_step", _from_to(0.001, 1), "gradual_latent.ratio_step"),
+    PromptOption("glsn", "gradual_latent_s_noise", _from_to(0, 100), "gradual_latent.s_noise"),
+    PromptOption("glus", "gradual_latent_unsharp_params", _unsharp, "gradual_latent.unsharp_params"),
+)
+
+PROMPT_OPTIONS: tuple[PromptOption, ...] = (*_SHARED, PromptOption("d", "seed", _seed, "seed"), *_SHARED_REST)
+"""What the prompts of sample pictures may have."""
+
+_SEEDS = PromptOption("d", "seed", _list_of(_seed, f"seeds from 0 to {_MAX_SEED}, separated by commas"), "seeds")
+
+TRAINING_SAMPLES = Place(PROMPT_OPTIONS, _GENERATION_ONLY, "prompts of gen_img.py")
+"""Prompts of the sample pictures of a training run."""
+
+GENERATION = Place((*_SHARED, _SEEDS, *_SHARED_REST, *_GENERATION_ONLY))
+"""Prompts of gen_img.py."""

@@ -1,0 +1,48 @@
+"""Opening the data of a training run, or reporting on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from library.data.dataset import open_data
+from library.data.scan import ScanContext
+from library.models.tokenizer import tokenizers_for
+from library.training.run_length import report_data
+
+if TYPE_CHECKING:
+    from library.contracts import FamilySpec
+    from library.data.dataset import TrainingData
+    from library.models.tokenizer import ClipTokenizer
+    from library.training.options import TrainingOptions
+
+
+def open_training_data(
+    opts: TrainingOptions,
+    spec: FamilySpec,
+    kinds: tuple[str, ...],
+    tokenizers: tuple[ClipTokenizer, ...] | None = None,
+) -> TrainingData | None:
+    """Find the images of a run; with `--debug_dataset` write the report instead and return None. No model is needed.
+
+    Args:
+        opts: of the script.
+        spec: of the model family.
+        kinds: of data set that the script takes; `controlnet` (masks in files) counts with `--masked_loss` only.
+        tokenizers: one per text encoder; None: those of the family.
+
+    Raises:
+        UserError: holds every problem of the stage that found some.
+    """
+    data = open_data(
+        opts.data,
+        opts.subset,
+        opts.cache,
+        spec=spec,
+        kinds=tuple(kind for kind in kinds if kind != "controlnet" or opts.data.masked_loss),
+        tokenizers=tokenizers or tokenizers_for(spec, opts.text),
+        context=ScanContext(opts.length.seed or 0, report_dir=opts.save.output_dir),
+    )
+    if not opts.data.debug_dataset:
+        return data
+    report_data(data, opts)
+    return None
