@@ -14,7 +14,14 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["library*", "networks*", "finetune*", "tools*"]),
     package_data={"library": ["assets/*/*"]},
-    py_modules=["train_db", "fine_tune", "train_network", "quickstart"],
+    py_modules=[
+        "train_db",
+        "fine_tune",
+        "train_network",
+        "train_textual_inversion",
+        "train_textual_inversion_XTI",
+        "quickstart",
+    ],
     install_requires=[
         "torch>=2.6",
         "diffusers>=0.35",

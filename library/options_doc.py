@@ -18,7 +18,7 @@ from library.option_places import places_of, usage
 from library.option_values import type_name
 from library.retired import NO_EFFECT_IN, SPELLINGS
 
-SCRIPTS = ("train_db", "fine_tune", "train_network")
+SCRIPTS = ("train_db", "fine_tune", "train_network", "train_textual_inversion")
 """Entry scripts whose options are documented."""
 
 TOOL_FOLDERS = ("finetune", "networks", "tools")

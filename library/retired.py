@@ -15,7 +15,9 @@ class NoEffect(NamedTuple):
     refuse: bool
 
 
-_SCRIPTS = ("train_db", "fine_tune", "train_network")
+_SCRIPTS = ("train_db", "fine_tune", "train_network", "train_textual_inversion")
+_NO_TEXT_CACHE = NoEffect("captions go through the text encoder in every step, since its new vectors are trained", True)
+_FEW = NoEffect("the few numbers that are trained stay in float32, and all others have the type of --mixed_precision", False)
 
 
 def _in_all(reason: str) -> dict[str, NoEffect]:
@@ -31,13 +33,18 @@ NO_EFFECT_IN: dict[str, dict[str, NoEffect]] = {
     "tokenizer_cache_dir": _in_all("the CLIP vocabulary is built in, so there is nothing to download or keep"),
     "conditioning_data_dir": {
         script: NoEffect("masks are named by the subsets of --dataset_config (key conditioning_data_dir)", False)
-        for script in ("train_db", "train_network")
+        for script in ("train_db", "train_network", "train_textual_inversion")
     },
+    "full_fp16": {"train_textual_inversion": _FEW},
+    "full_bf16": {"train_textual_inversion": _FEW},
+    "cache_text_encoder_outputs": {"train_textual_inversion": _NO_TEXT_CACHE},
+    "cache_text_encoder_outputs_to_disk": {"train_textual_inversion": _NO_TEXT_CACHE},
+    "text_encoder_batch_size": {"train_textual_inversion": _NO_TEXT_CACHE},
 }
 """Option -> script -> reason. A test holds every option either to be used or to stand here."""
 
 _BY_OWNER = {
-    "training with folders or masks (train_db.py, train_network.py)": """
+    "training with folders or masks (train_db.py, train_network.py, train_textual_inversion.py)": """
         reg_data_dir prior_loss_weight masked_loss conditioning_data_dir""",
     "training networks (train_network.py)": """
         network_module network_dim network_alpha network_dropout network_args network_weights dim_from_weights
@@ -50,13 +57,16 @@ _BY_OWNER = {
         learning_rate_te use_safetensors""",
     "DreamBooth (train_db.py)": """
         stop_text_encoder_training no_token_padding""",
-    "training on metadata (fine_tune.py, train_network.py)": """
+    "training on metadata (fine_tune.py, train_network.py, train_textual_inversion.py)": """
         in_json dataset_repeats cache_text_encoder_outputs cache_text_encoder_outputs_to_disk
         text_encoder_batch_size""",
     "fine-tuning (fine_tune.py)": """
         train_text_encoder diffusers_xformers""",
+    "training with captions that may be dropped or weighted (train_db.py, fine_tune.py, train_network.py)": """
+        caption_dropout_rate caption_dropout_every_n_epochs caption_tag_dropout_rate weighted_captions""",
     "textual inversion (train_textual_inversion.py)": """
-        token_string init_word num_vectors_per_token weights use_object_template use_style_template""",
+        token_string init_word num_vectors_per_token weights use_object_template use_style_template
+        save_tensor_name""",
     "ControlNet training": """
         controlnet_model_name_or_path control_net_lr cond_emb_dim""",
     "SDXL training": """

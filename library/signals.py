@@ -22,6 +22,7 @@ _STOP_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 # One Ctrl-C may arrive twice: from the terminal and, forwarded, from the launcher.
 _SAME_KEYSTROKE_SECONDS = 1.0
 _LAUNCHER_VARIABLES = ("ACCELERATE_", "TORCHELASTIC_", "LOCAL_RANK")
+_NOTICE = "Finishing this step, then saving: do not close. Ctrl-C again ends at once without saving."
 # Programs that a person starts a run from and may leave while it goes on.
 _SHELLS = frozenset(
     {"sh", "bash", "dash", "zsh", "fish", "ksh", "csh", "tcsh", "login", "sshd", "systemd", "init", "tmux", "screen"}
@@ -36,15 +37,19 @@ class StopFlag:
     only, and the previous ones come back on exit.
     """
 
-    def __init__(self, *, watch_parent: bool | None = None, announce: bool | None = None) -> None:
+    def __init__(
+        self, *, watch_parent: bool | None = None, announce: bool | None = None, notice: str = _NOTICE
+    ) -> None:
         """Create the flag.
 
         Args:
             watch_parent: treat the death of the parent process as SIGTERM; None decides by who the parent is.
             announce: write a line to standard error when a signal comes; None: on the first rank only.
+            notice: that line, when the signal is only noted.
         """
         self.orphaned = False
         self._announce = os.environ.get("RANK", "0") == "0" if announce is None else announce
+        self._notice = notice
         self._requested: int | None = None
         self._requested_at = 0.0
         self._save = False
@@ -153,7 +158,7 @@ class StopFlag:
         if not self._deferred:
             self._tell(f"Stopped by {signal.Signals(number).name}.")
             raise SystemExit(128 + number)
-        self._tell("Finishing this step, then saving: do not close. Ctrl-C again ends at once without saving.")
+        self._tell(self._notice)
 
     def _tell(self, text: str) -> None:
         """Write without Python's streams and logging, which a handler must not enter twice."""

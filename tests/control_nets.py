@@ -13,7 +13,9 @@ def control_net(family="sd1", seed=0, **changes):
     """A ControlNet of diffusers that fits the tiny models, whose convolutions do not start at zero."""
     from diffusers import ControlNetModel
 
-    heads, linear, channels = (8, False, (64, 32, 64, 64)) if family == "sd1" else ((1, 2, 1, 1), True, (64, 128, 64, 64))
+    heads, linear, channels = (
+        (8, False, (64, 32, 64, 64)) if family == "sd1" else ((1, 2, 1, 1), True, (64, 128, 64, 64))
+    )
     settings = {
         "block_out_channels": channels,
         "cross_attention_dim": 64,

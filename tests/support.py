@@ -28,6 +28,13 @@ def train_network(*argv: object) -> int:
     return _status(script.main, argv)
 
 
+def train_textual_inversion(*argv: object) -> int:
+    """Run train_textual_inversion.py with a command line; returns the exit status."""
+    import train_textual_inversion as script
+
+    return _status(script.main, argv)
+
+
 def _status(main: Callable[[list[str]], None], argv: tuple[object, ...]) -> int:
     try:
         main([str(item) for item in argv])

@@ -79,6 +79,7 @@ def write_ckpt(
     precision: torch.dtype | None = None,
     require_finite: bool = False,
     progress: Callable[[int], object] | None = None,
+    arrange: Callable[[Mapping[str, Any]], Any] | None = None,
 ) -> None:
     """Write tensors as a pickled checkpoint that `torch.load(weights_only=True)` opens.
 
@@ -89,16 +90,20 @@ def write_ckpt(
         precision: dtype that floating point tensors are converted to on the way; None keeps each tensor's own.
         require_finite: refuse to write NaN and infinity, also those that the conversion makes.
         progress: called with the number of bytes after each tensor.
+        arrange: given the table of tensors, returns the tables and lists that the file holds in its place.
 
     Raises:
         NonFiniteWeights: `require_finite` and a tensor is not; nothing was written.
         CannotSave: the disk is full or the file cannot be written.
     """
-    table = OrderedDict(
-        (name, _Described(str(number), tuple(tensor.shape), stored_dtype(tensor, precision)))
+    # A plain dict: the A1111 web interface takes no other type for an embedding.
+    table = {
+        name: _Described(str(number), tuple(tensor.shape), stored_dtype(tensor, precision))
         for number, (name, tensor) in enumerate(tensors.items())
-    )
-    described: dict[str, Any] = table if counters is None else {"state_dict": table, **counters}
+    }
+    described: Any = table if arrange is None else arrange(table)
+    if counters is not None:
+        described = {"state_dict": described, **counters}
     sizes = {name: stored_size(tensor, precision) for name, tensor in tensors.items()}
     buffer = io.BytesIO()
     _Pickler(buffer, protocol=2).dump(described)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from library.checkpoints.folders import SMALL_FILES, choose_weights, shard_names
@@ -29,7 +29,7 @@ def resolve_model(name: str, option: str = "--pretrained_model_name_or_path") ->
         return path.resolve()
     if not _HUB_ID.match(name) or ".." in name:
         raise UserError("no such file or folder", near_names(path), where=f"{option} {name}")
-    return _from_hub(name, option, near_names(path))
+    return from_hub(name, option, near=near_names(path))
 
 
 def near_names(path: Path) -> str:
@@ -89,7 +89,26 @@ def _network_errors() -> tuple[type[BaseException], ...]:
     return tuple(found)
 
 
-def _from_hub(name: str, option: str, near: str) -> Path:
+def from_hub(
+    name: str,
+    option: str,
+    *,
+    near: str = "",
+    wanted: Callable[[Iterable[str]], list[str]] = wanted_files,
+    is_complete: Callable[[Path], bool] = _is_complete,
+) -> Path:
+    """Return the folder of a hub repository in the local cache, fetched when it is not complete there.
+
+    Args:
+        name: of the repository, such as ``owner/model``.
+        option: that named it, for messages.
+        near: hint with local names that are like it.
+        wanted: chooses among the names of all files those that are needed; none means that it is no such model.
+        is_complete: tells whether a folder of the cache holds all that is needed.
+
+    Raises:
+        UserError: it is neither in the cache nor within reach, or is no such model.
+    """
     where = f"{option} {name}"
     try:
         import huggingface_hub
@@ -98,26 +117,27 @@ def _from_hub(name: str, option: str, near: str) -> Path:
     errors = _network_errors()
     try:
         cached = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
-        if _is_complete(cached):
+        if is_complete(cached):
             return cached
     except errors:
         pass
     _log.info("%s is no local path; looking for it on the hub", name)
     try:
-        return _download(name)
+        return _download(name, wanted)
     except errors as error:
         raise _unreachable(error, where, near) from error
 
 
-def _download(name: str) -> Path:
+def _download(name: str, choose: Callable[[Iterable[str]], list[str]]) -> Path:
     """Fetch a model: one request for its list of files, then each file (interrupted downloads go on)."""
     from huggingface_hub import HfApi, hf_hub_download
 
     listing = HfApi().model_info(name, timeout=_TIMEOUT)
     names = [item.rfilename for item in listing.siblings or []]
-    wanted = wanted_files(names)
+    wanted = choose(names)
     if not wanted:
-        raise UserError("not a Diffusers model: no model_index.json and no VAE", where=name)
+        kind = "not a Diffusers model: no model_index.json and no VAE"
+        raise UserError(kind if choose is wanted_files else "lacks the files of such a model", where=name)
     folder = Path()
     for filename in wanted:
         local = Path(hf_hub_download(name, filename, revision=listing.sha, etag_timeout=_TIMEOUT))

@@ -45,7 +45,13 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
-def apply_policy(bad: Sequence[BadFile], total: int, skip: bool, report_dir: str | None = None) -> None:
+def apply_policy(
+    bad: Sequence[BadFile],
+    total: int,
+    skip: bool,
+    report_dir: str | None = None,
+    tolerated_share: float = TOLERATED_SHARE,
+) -> None:
     """Stop because of bad files, or log them when they may be skipped.
 
     Args:
@@ -53,13 +59,14 @@ def apply_policy(bad: Sequence[BadFile], total: int, skip: bool, report_dir: str
         total: Number of images looked at, the bad ones included.
         skip: `--skip_bad_files`.
         report_dir: Folder that the complete list is written into when it is longer than what is shown.
+        tolerated_share: Of files that may be bad.
 
     Raises:
-        UserError: There are bad files and `skip` is off, or more than 1 % of all files are bad.
+        UserError: There are bad files and `skip` is off, or too many of all files are bad.
     """
     if not bad:
         return
-    too_many = len(bad) > total * TOLERATED_SHARE
+    too_many = len(bad) > total * tolerated_share
     report = _write_report(bad, report_dir) if report_dir is not None and len(bad) > SHOWN else ""
     if skip and not too_many:
         _log.warning("%d of %d files skipped%s", len(bad), total, report)

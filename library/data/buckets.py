@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -101,8 +101,21 @@ def bucket_notes(spec: DatasetSpec) -> Iterator[str]:
 class BucketChooser:
     """Places images of one data set. Pure, picklable and remembers sizes it has seen."""
 
-    def __init__(self, spec: DatasetSpec, resolutions: Iterable[Size] | None = None) -> None:
-        """Prepare the table of buckets of `spec`; `resolutions` replaces the computed list (buckets made earlier)."""
+    def __init__(
+        self,
+        spec: DatasetSpec,
+        resolutions: Iterable[Size] | None = None,
+        assigned: Mapping[Size, Size] | None = None,
+    ) -> None:
+        """Prepare the table of buckets.
+
+        Args:
+            spec: The data set.
+            resolutions: Buckets made earlier, in place of the computed list.
+            assigned: Image size -> bucket made earlier, where that is known; other sizes go to the nearest one.
+        """
+        self.prepared = resolutions is not None
+        self._assigned = dict(assigned or {})
         self.resolution_wh = spec.resolution_wh
         self.step = spec.bucket_reso_steps
         self.no_upscale = spec.enable_bucket and spec.bucket_no_upscale and resolutions is None
@@ -122,7 +135,7 @@ class BucketChooser:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle without the memory of sizes (a cached method does not pickle)."""
-        return _rebuild, (self.resolution_wh, self.step, self.no_upscale, self.resolutions)
+        return _rebuild, (self.resolution_wh, self.step, self.no_upscale, self.resolutions, self._assigned)
 
     def _index_ratios(self) -> None:
         first: dict[float, int] = {}
@@ -143,7 +156,7 @@ class BucketChooser:
         if self.no_upscale:
             bucket, resized = self._without_upscaling(width, height)
         else:
-            bucket = self._nearest(width, height)
+            bucket = self._assigned.get(size_wh) or self._nearest(width, height)
             resized = _cover(size_wh, bucket)
         if max(resized) > LONGEST_RESIZED_SIDE:
             raise UnusableSize(f"{width}x{height} is too elongated for any bucket")
@@ -199,11 +212,17 @@ class BucketChooser:
         return int(value + 0.5) // self.step * self.step
 
 
-def _rebuild(resolution_wh: Size, step: int, no_upscale: bool, resolutions: Sequence[Size] | None) -> BucketChooser:
+def _rebuild(
+    resolution_wh: Size,
+    step: int,
+    no_upscale: bool,
+    resolutions: Sequence[Size] | None,
+    assigned: Mapping[Size, Size],
+) -> BucketChooser:
     spec = DatasetSpec(
         resolution_wh=resolution_wh, bucket_reso_steps=step, enable_bucket=no_upscale, bucket_no_upscale=no_upscale
     )
-    return BucketChooser(spec, resolutions)
+    return BucketChooser(spec, resolutions, assigned)
 
 
 def choose_bucket(size_wh: Size, spec: DatasetSpec) -> Placement:

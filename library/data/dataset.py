@@ -1,4 +1,4 @@
-"""The data of a run: `open_data` goes from options to a `TrainingData`, the one object that training sees of it."""
+"""The data of a run: `TrainingData`, the one object that training sees of it. `library.data.opening` makes it."""
 
 from __future__ import annotations
 
@@ -298,95 +298,6 @@ class _Needs:
 
     def __call__(self, row: int) -> LatentNeed:
         return self.catalogue.latent_need(row)
-
-
-def open_data(
-    data: DatasetOptions,
-    subset: SubsetOptions,
-    cache: CacheOptions,
-    *,
-    spec: FamilySpec,
-    kinds: tuple[str, ...],
-    tokenizers: tuple[Tokenizer, ...],
-    context: ScanContext | None = None,
-) -> TrainingData:
-    """Find the images of a run and decide how each is served. No model is needed.
-
-    Args:
-        data: where images are, and their buckets.
-        subset: captions and augmentation, where a data set configuration does not say.
-        cache: latent caches.
-        spec: of the model family.
-        kinds: of data set that the script takes.
-        tokenizers: one per text encoder.
-        context: seed of the run, which chooses validation images where no validation seed is given, and a folder for
-            the full list of bad files.
-
-    Raises:
-        UserError: holds every problem of the stage that found some.
-    """
-    if data.dataset_class is not None:
-        warn_of_unused_caches(cache)
-        # It offers what training uses of `TrainingData`.
-        return cast(TrainingData, open_foreign(data, spec, tokenizers))
-    specs = load_dataset_specs(
-        data, subset, kinds=kinds, bucket_step_multiple=spec.bucket_step_multiple, in_json=data.in_json
-    )
-    raise_problems([*cache_problems(specs, cache), *mask_problems(specs, data)])
-    context = replace(context or ScanContext(), cache_dir=cache.cache_dir, latent_suffix=spec.latent_cache_suffix)
-    found = scan_datasets(specs, data, context)
-    catalogue = Catalogue(
-        family=spec,
-        specs=specs,
-        table=found.table,
-        placements=place_all(found.table, [chooser.place for chooser in found.choosers]),
-        tokenizers=tokenizers,
-        prior_loss_weight=data.prior_loss_weight,
-        reading=Reading(exif_transpose=not data.no_exif_transpose, max_pixels=data.max_image_pixels),
-    )
-    opened = TrainingData(
-        catalogue,
-        cache,
-        validation=_validation_part(catalogue, found, cache),
-        skipped=found.skipped,
-        reg_totals=found.reg_totals,
-        bucket_lists=[
-            chooser.resolutions if one.enable_bucket else None
-            for one, chooser in zip(specs, found.choosers, strict=True)
-        ],
-    )
-    for line in describe(opened):
-        _log.info("%s", line)
-    return opened
-
-
-def _validation_part(catalogue: Catalogue, found: ScanResult, cache: CacheOptions) -> TrainingData | None:
-    """Return the images kept apart, with settings that leave nothing to chance."""
-    table = found.validation
-    if table is None:
-        return None
-    specs = tuple(
-        replace(spec, subsets=tuple(subset.for_validation() for subset in spec.subsets)) for spec in catalogue.specs
-    )
-    placements = place_all(table, [chooser.place for chooser in found.choosers])
-    return TrainingData(replace(catalogue, specs=specs, table=table, placements=placements), cache)
-
-
-def place_all(table: RecordTable, choosers: Sequence[Callable[[tuple[int, int]], Placement]]) -> Placements:
-    """Place every image of `table`; `choosers` has one function per data set.
-
-    Raises:
-        UserError: names all images that no bucket can take.
-    """
-    placements, problems = [], []
-    sizes = zip(table.widths.tolist(), table.heights.tolist(), table.datasets.tolist(), strict=True)
-    for row, (width, height, dataset) in enumerate(sizes):
-        try:
-            placements.append(choosers[dataset]((width, height)))
-        except UnusableSize as error:
-            problems.append(Problem(table.path(row), str(error), "Leave it out or enlarge it."))
-    raise_problems(problems)
-    return Placements.of(placements)
 
 
 def _numbered(sizes: NDArray[np.int32]) -> NDArray[np.int64]:

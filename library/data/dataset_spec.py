@@ -15,7 +15,8 @@ CONTROLNET = "controlnet"
 class SubsetSpec:
     """One folder or metadata file of a data set, with its caption and augmentation settings.
 
-    `index` counts over all data sets of the run, `dataset` is the number of the data set it belongs to.
+    `index` counts over all data sets of the run, `dataset` is the number of the data set it belongs to. Without a
+    `caption_extension` no caption files are read.
     """
 
     index: int = 0
@@ -32,7 +33,7 @@ class SubsetSpec:
     alpha_mask: bool = False
     shuffle_caption: bool = False
     caption_separator: str = ","
-    caption_extension: str = ".caption"
+    caption_extension: str | None = ".caption"
     keep_tokens: int = 0
     keep_tokens_separator: str = ""
     secondary_separator: str | None = None

@@ -1,13 +1,18 @@
-"""Metadata files of fine-tuning data: one JSON object keyed by image, or JSON lines; checked entry by entry."""
+"""Metadata files of fine-tuning data: one JSON object keyed by image, or JSON lines; checked entry by entry.
+
+Training takes `read_metadata`. Tools that change such files take `read_table`, which keeps keys that are not known
+here, and `write_table`.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library import files
 from library.data.bad_files import SHOWN, printable
 from library.data.captions import clean_caption
 from library.data.dataset_file import parse_json
@@ -17,6 +22,10 @@ from library.text_files import read_text
 MAX_BYTES = 4 << 30
 _TEXT_KEYS = ("caption", "tags")
 _KEYS = frozenset((*_TEXT_KEYS, "image_size", "train_resolution"))
+_LINE_KEY = "image_path"
+
+Table = dict[str, dict[str, Any]]
+"""Image key -> entry as it stands in the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +56,69 @@ def read_metadata(path: str) -> list[MetadataEntry]:
     Raises:
         UserError: The file cannot be read or parsed, or holds entries of the wrong form (all are listed).
     """
-    text = read_text(path, limit=MAX_BYTES)
     problems: list[Problem] = []
-    triples = _json_lines(text, path) if Path(path).suffix.lower() == ".jsonl" else _json_object(text, path)
-    entries = []
-    for place, key, value in triples:
-        wrong: list[tuple[str, str]] = []
-        entry = _entry(key, value, wrong)
-        if entry is not None:
-            entries.append(entry)
-        problems += [Problem(f"{path}: {place or printable(key)}{field}", what) for field, what in wrong]
-    if problems:
-        more = len(problems) - SHOWN
-        rest = [Problem(path, f"{more} more entries are wrong")] if more > 0 else []
-        raise UserError.of([*problems[:SHOWN], *rest])
+    entries = [entry for _key, _value, entry in _checked(path, problems) if entry is not None]
+    _raise_some(problems, path)
     if not entries:
         raise UserError("no metadata: the file names no images", where=path)
     return entries
+
+
+def read_table(path: str | Path) -> Table:
+    """Return all entries of a metadata file by image key, in the order of the file, as they are written.
+
+    Raises:
+        UserError: The file cannot be read or parsed, or holds entries of the wrong form (all are listed).
+    """
+    problems: list[Problem] = []
+    lines = is_json_lines(path)
+    table = {}
+    for key, value, entry in _checked(str(path), problems):
+        if entry is not None:
+            table[key] = {name: field for name, field in value.items() if name != _LINE_KEY} if lines else value
+    _raise_some(problems, str(path))
+    return table
+
+
+def write_table(path: str | Path, table: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write a metadata file, completely or not at all: indented JSON, or one entry per line in a `.jsonl` file.
+
+    Everything that is not ASCII is escaped, so that the file reads the same in every encoding, and names of files that
+    are no valid text survive.
+
+    Raises:
+        CannotSave: The file could not be written; a previous one is untouched.
+    """
+    if is_json_lines(path):
+        lines = (json.dumps({_LINE_KEY: key, **entry}) for key, entry in table.items())
+        files.write_text(path, "".join(f"{line}\n" for line in lines))
+    else:
+        files.write_text(path, json.dumps(table, indent=2) + "\n")
+
+
+def is_json_lines(path: str | Path) -> bool:
+    """Tell whether a metadata file of this name holds one JSON object per line."""
+    return Path(path).suffix.lower() == ".jsonl"
+
+
+def _checked(path: str, problems: list[Problem]) -> Iterator[tuple[str, Any, MetadataEntry | None]]:
+    """Yield key, value as written and entry (None for a useless value); what is wrong is added to `problems`."""
+    text = read_text(path, limit=MAX_BYTES)
+    wrong: list[tuple[str, str]] = []
+    for place, key, value in _json_lines(text, path) if is_json_lines(path) else _json_object(text, path):
+        yield key, value, _entry(key, value, wrong)
+        if wrong:
+            problems += [Problem(f"{path}: {place or printable(key)}{field}", what) for field, what in wrong]
+            wrong.clear()
+
+
+def _raise_some(problems: Iterable[Problem], path: str) -> None:
+    """Raise the first problems, and how many more there are."""
+    found = list(problems)
+    if found:
+        more = len(found) - SHOWN
+        rest = [Problem(path, f"{more} more entries are wrong")] if more > 0 else []
+        raise UserError.of([*found[:SHOWN], *rest])
 
 
 def _json_object(text: str, path: str) -> Iterator[tuple[str, str, Any]]:
@@ -82,7 +137,7 @@ def _json_lines(text: str, path: str) -> Iterator[tuple[str, str, Any]]:
             continue
         where = f"{path}: line {number}"
         value = parse_json(line, where)
-        key = value.get("image_path") if isinstance(value, dict) else None
+        key = value.get(_LINE_KEY) if isinstance(value, dict) else None
         if not isinstance(key, str):
             raise UserError("has no image_path", 'Expected {"image_path": "...", "caption": "..."}.', where=where)
         if key in seen:

@@ -13,10 +13,12 @@ from library.data.dataset_spec import SubsetSpec
 from library.data.folder_listing import FolderListing, image_suffixes, list_folder
 from library.data.folder_scan import FolderScan, FolderSettings, Known, scan_folder
 from library.data.metadata_files import MetadataEntry, read_metadata
+from library.garbage import collection_paused
 
 _log = logging.getLogger(__name__)
 
 _MISSING_SUFFIX = ".missing"
+_OTHER_FOLDER = re.compile(r"[/\\:]|\.\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +33,17 @@ class Located:
 
 @dataclass(slots=True)
 class MetadataScan:
-    """A resolved metadata file: entries in the order of the file, scans of the folders they lie in, and bad entries."""
+    """A resolved metadata file: entries in the order of the file, scans of the folders they lie in, and bad entries.
+
+    `resolutions` are the buckets that a preparation tool chose, when every entry has one and a cache; `all_old` tells
+    that these caches all have the oldest names, which do not say what they hold.
+    """
 
     located: list[Located] = field(default_factory=list)
     folders: dict[str, FolderScan] = field(default_factory=dict)
     bad: list[BadFile] = field(default_factory=list)
     resolutions: tuple[tuple[int, int], ...] | None = None
+    all_old: bool = False
 
     @property
     def total(self) -> int:
@@ -87,6 +94,11 @@ def scan_metadata(
     Raises:
         UserError: The metadata file is unusable.
     """
+    with collection_paused():
+        return _scan(subset, settings, trust_sizes, latent_suffix)
+
+
+def _scan(subset: SubsetSpec, settings: FolderSettings, trust_sizes: bool, latent_suffix: str) -> MetadataScan:
     entries = read_metadata(subset.metadata_file or "")
     finder = _Finder(subset.image_dir, latent_suffix)
     scan = MetadataScan()
@@ -101,6 +113,7 @@ def scan_metadata(
         else:
             scan.located.append(place)
     scan.resolutions = _fixed_resolutions(scan.located, finder)
+    scan.all_old = all(finder.has_cache(place, old=True) for place in scan.located)
     _scan_folders(scan, settings, trust_sizes, finder)
     return scan
 
@@ -129,6 +142,15 @@ class _Finder:
 
     def locate(self, entry: MetadataEntry) -> Located | BadFile:
         """Return where the image of an entry is, or why it is nowhere."""
+        key = entry.key
+        if self._image_dir is not None and _OTHER_FOLDER.search(key) is None:
+            # A plain name in image_dir, as most keys are.
+            names = self.folder(self._image_dir)
+            if key in names.images:
+                return Located(entry, self._image_dir, key)
+            found = names.by_stem.get(key)
+            if found is not None and len(found) == 1:
+                return Located(entry, self._image_dir, found[0])
         tried = []
         for folder, name in self._candidates(entry.key):
             names = self.folder(folder)
@@ -180,18 +202,18 @@ class _Finder:
         size = entry.image_size or names.caches[stem] or entry.train_resolution
         return None if size is None else Located(entry, folder, name, size)
 
-    def has_old_cache(self, place: Located) -> bool:
-        """Tell whether `<stem>.npz`, the oldest form of a latent cache, lies beside the image."""
-        stem = place.name[: place.name.rfind(".")]
-        return stem in self.folder(place.folder).old_caches
+    def has_cache(self, place: Located, *, old: bool = False) -> bool:
+        """Tell whether a latent cache lies beside the image; with `old`, whether `<stem>.npz` does, its oldest form."""
+        stem, folder = place.name[: place.name.rfind(".")], self.folder(place.folder)
+        return stem in (folder.old_caches if old else folder.caches)
 
 
 def _fixed_resolutions(located: Iterable[Located], finder: _Finder) -> tuple[tuple[int, int], ...] | None:
-    """Return the buckets that an older preparation tool chose, when every entry has one and its old cache."""
+    """Return the buckets that a preparation tool chose, when every entry has one and a cache."""
     found = set()
     for place in located:
         resolution = place.entry.train_resolution
-        if resolution is None or not finder.has_old_cache(place):
+        if resolution is None or not finder.has_cache(place):
             return None
         found.add(resolution)
     return tuple(sorted(found)) or None

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from library.data.bad_files import BadFile, apply_policy, printable
-from library.data.buckets import BucketChooser, Size, UnusableSize
+from library.data.bad_files import TOLERATED_SHARE, BadFile, apply_policy, printable
+from library.data.buckets import BucketChooser, UnusableSize
 from library.data.dataset_spec import CONTROLNET, FINETUNING, DatasetSpec, SubsetSpec
 from library.data.decode_check import check_pictures
 from library.data.folder_scan import FolderScan, FolderSettings, Known, scan_folder
@@ -36,6 +36,7 @@ class ScanResult:
         table: Training images, regularization images balanced, in the order of data sets, subsets and names.
         validation: Images kept apart, repeats 1, without regularization images; None when there are none.
         choosers: For each data set, what places its images.
+        prepared: For each data set, whether its buckets are those that a preparation tool chose, and has latents for.
         reg_totals: For each data set, the visits that its regularization images ask for, before balancing.
         skipped: Files left out under `--skip_bad_files`.
         notes: What was logged, one line per kind.
@@ -47,6 +48,7 @@ class ScanResult:
     reg_totals: tuple[int, ...]
     skipped: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
+    prepared: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +60,14 @@ class ScanContext:
         cache_dir: Where index files go when an image folder cannot be written.
         report_dir: Where the complete list of bad files goes when it is too long to be shown.
         latent_suffix: Ending of latent cache files of the model family.
+        tolerated_share: Of files that may be bad under `--skip_bad_files`.
     """
 
     seed: int = 0
     cache_dir: str | None = None
     report_dir: str | None = None
     latent_suffix: str = "_sd"
+    tolerated_share: float = TOLERATED_SHARE
 
 
 def scan_datasets(specs: Sequence[DatasetSpec], data: DatasetOptions, context: ScanContext | None = None) -> ScanResult:
@@ -82,7 +86,7 @@ def _scan(specs: Sequence[DatasetSpec], data: DatasetOptions, context: ScanConte
     scanner.read(specs)
     notes = ScanNotes()
     parts = [[scanner.rows(spec, subset, notes) for subset in spec.subsets] for spec in specs]
-    choosers = tuple(BucketChooser(spec, scanner.fixed_buckets(spec)) for spec in specs)
+    choosers = tuple(scanner.chooser(spec, rows) for spec, rows in zip(specs, parts, strict=True))
     for spec, chooser, rows in zip(specs, choosers, parts, strict=True):
         for part in rows:
             _drop_unplaceable(part, chooser, spec)
@@ -103,7 +107,15 @@ def _scan(specs: Sequence[DatasetSpec], data: DatasetOptions, context: ScanConte
         raise UserError("no training images are left", "Check validation_split and num_repeats.")
     apart_table = RecordTable.join(validation) if validation else None
     skipped = tuple(Problem(printable(one.path), one.reason, one.hint) for one in bad)
-    return ScanResult(table, apart_table, choosers, tuple(reg_totals), skipped, tuple(lines))
+    return ScanResult(
+        table,
+        apart_table,
+        choosers,
+        tuple(reg_totals),
+        skipped=skipped,
+        notes=tuple(lines),
+        prepared=tuple(chooser.prepared for chooser in choosers),
+    )
 
 
 class _Scanner:
@@ -193,14 +205,26 @@ class _Scanner:
         self._told.add(id(source))
         return notes if first else ScanNotes()
 
-    def fixed_buckets(self, spec: DatasetSpec) -> set[Size] | None:
-        """Return the buckets that the metadata of a data set bring along, when all of them do."""
+    def chooser(self, spec: DatasetSpec, rows: Sequence[SubsetRows]) -> BucketChooser:
+        """Return what places the images of a data set: in the buckets that its metadata bring along, if all do.
+
+        Caches of the oldest names were always used so. Of newer ones it is known what they hold; where buckets are
+        asked for, those that the options describe count.
+        """
         if spec.kind != FINETUNING:
-            return None
-        found = [self._metadata[subset.metadata_file or "", subset.image_dir].resolutions for subset in spec.subsets]
-        if any(resolutions is None for resolutions in found):
-            return None
-        return {size for resolutions in found for size in resolutions or ()}
+            return BucketChooser(spec)
+        found = [self._metadata[subset.metadata_file or "", subset.image_dir] for subset in spec.subsets]
+        old = all(one.all_old for one in found)
+        if any(one.resolutions is None for one in found) or (spec.enable_bucket and not old):
+            return BucketChooser(spec)
+        resolutions = {size for one in found for size in one.resolutions or ()}
+        if spec.bucket_no_upscale:
+            _log.warning("bucket_no_upscale has no effect: the metadata name the buckets (train_resolution)")
+        _log.info(
+            "data set %d: %d buckets of the metadata (train_resolution) are used", spec.index + 1, len(resolutions)
+        )
+        assigned = {size: bucket for part in reversed(rows) for size, bucket in part.prepared.items()}
+        return BucketChooser(spec, resolutions, assigned)
 
 
 def _give_back_memory() -> None:
@@ -253,7 +277,7 @@ def _judge(parts: Sequence[Sequence[SubsetRows]], data: DatasetOptions, context:
         unique.update((one.path, one) for one in part.bad)
         totals[part.subset.label] = part.total
     bad = sorted(unique.values(), key=lambda one: one.path)
-    apply_policy(bad, sum(totals.values()), data.skip_bad_files, context.report_dir)
+    apply_policy(bad, sum(totals.values()), data.skip_bad_files, context.report_dir, context.tolerated_share)
     return bad
 
 

@@ -20,7 +20,7 @@ from library.data.augment import Augmentation, View, apply_view, choose_view, ma
 from library.data.buckets import sdxl_crop_top_left
 from library.data.cache_files import BrokenCache
 from library.data.cache_names import LatentNeed
-from library.data.captions import CaptionPipeline
+from library.data.captions import CaptionPipeline, Replacement
 from library.data.dataset_spec import DatasetSpec, SubsetSpec
 from library.data.images import MAX_IMAGE_PIXELS, BadImage, load_image
 from library.data.latent_store import LatentSource
@@ -130,6 +130,8 @@ class Catalogue:
     reading: Reading = field(default_factory=Reading)
     latents: LatentSource | None = None
     texts: TextSource | None = None
+    replacements: tuple[Replacement, ...] = ()
+    """What is replaced in captions of training images, see `CaptionPipeline`."""
 
     @cached_property
     def subsets(self) -> dict[int, SubsetServing]:
@@ -225,7 +227,9 @@ class BatchDataset:
         self.catalogue = catalogue
         self.seed = seed
         self._pipelines = {
-            subset.index: CaptionPipeline(subset, total_steps) for spec in catalogue.specs for subset in spec.subsets
+            subset.index: CaptionPipeline(subset, total_steps, () if subset.is_reg else catalogue.replacements)
+            for spec in catalogue.specs
+            for subset in spec.subsets
         }
 
     def __getitem__(self, key: BatchKey) -> Batch:

@@ -22,12 +22,16 @@ from library.data.scan_notes import ScanNotes
 
 @dataclass(slots=True)
 class SubsetRows:
-    """Rows of one subset before splitting and balancing, and the files that kept others from being rows."""
+    """Rows of one subset before splitting and balancing, and the files that kept others from being rows.
+
+    `prepared` has the buckets that a preparation tool chose, by upright size of the image.
+    """
 
     subset: SubsetSpec
     table: RecordTable = field(default_factory=empty_table)
     bad: list[BadFile] = field(default_factory=list)
     total: int = 0
+    prepared: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
 
 
 def folder_key(folder: str) -> str:
@@ -158,7 +162,19 @@ def rows_of_metadata(subset: SubsetSpec, scan: MetadataScan, notes: ScanNotes, *
         if exif:
             turned = np.flatnonzero(result.facts.headers[:, 2] > 1)
             notes.add("turned", len(turned), (result.facts.names[row] for row in turned))
-    return SubsetRows(subset, _table(source, subset, exif), bad, scan.total)
+    table = _table(source, subset, exif)
+    return SubsetRows(subset, table, bad, scan.total, _prepared(places, table) if scan.resolutions else {})
+
+
+def _prepared(places: Sequence[Located], table: RecordTable) -> dict[tuple[int, int], tuple[int, int]]:
+    """Return image size -> bucket of the preparation. Tools that made it did not turn images, so turned ones differ."""
+    found: dict[tuple[int, int], tuple[int, int]] = {}
+    columns = zip(table.widths.tolist(), table.heights.tolist(), table.columns.orientations.tolist(), strict=True)
+    for place, (width, height, orientation) in zip(places, columns, strict=True):
+        bucket = place.entry.train_resolution
+        if bucket is not None and (orientation < 5 or (bucket[0] < bucket[1]) == (width < height)):
+            found.setdefault((width, height), bucket)
+    return found
 
 
 _NO_FACT: tuple[list[int], list[int]] = ([], [])

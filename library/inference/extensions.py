@@ -30,7 +30,7 @@ class PictureInputs:
         image: the picture to start from; any size, it is brought to that of the request.
         latents: scaled latents [C,h,w] to start from, in place of `image`.
         mask: with `image`: white is painted anew, black is kept.
-        guides: what ControlNets look at, in their order; ready (edges and the like are found already).
+        guides: what ControlNets look at, in their order; any size, edges and the like are found later.
         regions: colours that say which part of the prompt holds where.
     """
 
@@ -184,7 +184,7 @@ class HookChain(StepHooks):
     ) -> Tensor:
         """See `StepHooks.advance`."""
         return self._outer.advance(
-            moment, prediction, latents, lambda *changed: self._inner.advance(moment, *changed, advance)
+            moment, prediction, latents, lambda given, now: self._inner.advance(moment, given, now, advance)
         )
 
 

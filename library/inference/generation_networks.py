@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
@@ -258,3 +259,22 @@ def _text_encoder(family: ModelFamily) -> Any:
     """One text encoder as it is, several as a list: modules choose their names by that."""
     encoders = family.text_encoders
     return encoders[0] if len(encoders) == 1 else list(encoders)
+
+
+def load_embeddings(family: ModelFamily, paths: Sequence[str]) -> None:
+    """Teach the model the words of `--textual_inversion_embeddings`: each file's name without suffix.
+
+    Raises:
+        UserError: a file is no embedding or is for another model, or its word is known already.
+    """
+    from library.checkpoints.embedding_file import read_embedding
+    from library.models.token_rows import add_words, embedding_widths
+
+    widths = embedding_widths(family)
+    for path in paths:
+        where = f"--textual_inversion_embeddings {path}"
+        embedding = read_embedding(path)
+        word = Path(path).stem
+        for rows in add_words(family, {word: embedding.rows_for(widths, where)}, where=where):
+            rows.requires_grad_(False)
+        logger.info("%s: the word %s stands for %d vectors", path, word, embedding.count)

@@ -118,18 +118,24 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Callable[[], AbstractC
     return nullcontext if dtype == torch.float32 else partial(torch.autocast, device.type, dtype=dtype)
 
 
-def load_family(opts: GenerationOptions, device: torch.device) -> StableDiffusion:
-    """Find, recognise and load the model.
+def load_family(
+    opts: GenerationOptions, path: Path, spec: FamilySpec, device: torch.device
+) -> StableDiffusion:
+    """Load the model.
+
+    Args:
+        opts: of the script.
+        path: from `find_checkpoint`.
+        spec: from `recognise`.
+        device: where it shall run.
 
     Raises:
-        UserError: it cannot be found or read, or is of another kind.
+        UserError: it cannot be read.
     """
     from library.models.family import WeightPlan
     from library.models.memory import use_channels_last
     from library.models.sd import StableDiffusion
 
-    path = find_checkpoint(opts.model.ckpt or "")
-    spec = recognise(path, opts.model)
     dtype = precision(opts.speed)
     vae_dtype = torch.float32 if opts.speed.no_half_vae else dtype
     model = ModelOptions(

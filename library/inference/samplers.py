@@ -70,7 +70,9 @@ SAMPLER_NAMES: tuple[str, ...] = tuple(_BY_NAME)
 """Every name and alias."""
 
 
-def make_scheduler(name: str, prediction_type: str, *, zero_terminal_snr: bool = False) -> Any:
+def make_scheduler(
+    name: str, prediction_type: str, *, zero_terminal_snr: bool = False, zero_steps_offset: bool = False
+) -> Any:
     """Build the scheduler of sampler `name` (any case) over the noise schedule of training.
 
     Args:
@@ -78,6 +80,8 @@ def make_scheduler(name: str, prediction_type: str, *, zero_terminal_snr: bool =
         prediction_type: `epsilon` or `v_prediction`, as the model was trained.
         zero_terminal_snr: use the schedule rescaled to end in pure noise (https://arxiv.org/abs/2305.08891). Models
             that predict v then start at the last timestep; for epsilon nothing can be learned there, so it is left out.
+        zero_steps_offset: step through the multiples of 1000 / steps themselves. Samplers published with Stable
+            Diffusion (`has_steps_offset`) step through the timesteps after them otherwise.
 
     Returns:
         A scheduler of diffusers; `set_timesteps` has not been called.
@@ -85,10 +89,10 @@ def make_scheduler(name: str, prediction_type: str, *, zero_terminal_snr: bool =
     Raises:
         UserError: unknown name, or a package that this sampler needs is missing.
     """
-    row = _BY_NAME.get(name.lower())
-    if row is None:
-        raise UserError(f"unknown sampler {name!r}", f"Choose one of: {', '.join(SAMPLER_NAMES)}.")
+    row = _row(name)
     settings = {"beta_start": BETA_START, "beta_end": BETA_END, "beta_schedule": "scaled_linear", **row.settings}
+    if zero_steps_offset and "steps_offset" in settings:
+        settings["steps_offset"] = 0
     if zero_terminal_snr:
         settings["trained_betas"] = zero_terminal_betas()
         if row.spaced:
@@ -100,6 +104,18 @@ def make_scheduler(name: str, prediction_type: str, *, zero_terminal_snr: bool =
         if row.name != "lms":
             raise
         raise UserError("sampler lms needs the package scipy", "Run: pip install scipy") from error
+
+
+def has_steps_offset(name: str) -> bool:
+    """Tell whether `zero_steps_offset` changes anything for sampler `name`."""
+    return "steps_offset" in _row(name).settings
+
+
+def _row(name: str) -> Sampler:
+    row = _BY_NAME.get(name.lower())
+    if row is None:
+        raise UserError(f"unknown sampler {name!r}", f"Choose one of: {', '.join(SAMPLER_NAMES)}.")
+    return row
 
 
 def zero_terminal_betas() -> list[float]:

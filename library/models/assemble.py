@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -88,18 +86,6 @@ def _restore_buffers(module: nn.Module, device: torch.device) -> None:
 
 def _numbers(like: Tensor, device: torch.device) -> Tensor:
     return torch.arange(like.shape[-1], device=device).expand(like.shape)
-
-
-@contextmanager
-def collection_paused() -> Iterator[None]:
-    """Keep the garbage collector from walking through all imported modules again and again while models are built."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def check_weights(tensors: Mapping[str, Tensor], where: str, *, allow_nan: bool) -> None:

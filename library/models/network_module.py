@@ -33,6 +33,12 @@ MODULES = (
 )
 """What `--network_module` usually names, and whose files are known here; any module of the same protocol works."""
 
+HYPERNETWORK = "networks.hypernetwork"
+"""Its files have a layout of their own."""
+
+OFFERED = (*MODULES, HYPERNETWORK)
+"""What messages and help name."""
+
 _OPTION = "--network_module"
 _NEEDED = ("create_network", "create_network_from_weights")
 
@@ -51,8 +57,7 @@ def _not_found(name: str, where: str, why: str) -> Problem:
     package = name.partition(".")[0]
     if package == "lycoris":
         return Problem(where, "the package lycoris_lora is not installed", "Run: pip install lycoris_lora")
-    hint = "Known modules are networks.lora, networks.lora_fa, networks.dylora, networks.oft, networks.loha, "
-    return Problem(where, f"no such Python module{f' ({why})' if why else ''}", f"{hint}networks.lokr, lycoris.kohya.")
+    return Problem(where, f"no such Python module{f' ({why})' if why else ''}", f"There are {', '.join(OFFERED)}.")
 
 
 def import_network_module(name: str) -> ModuleType:

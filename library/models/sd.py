@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from library.checkpoints.parts import ModelParts, SaveSettings
 from library.contracts import Condition
-from library.models.assemble import build_module, check_weights, collection_paused, from_config, hash_tensors
+from library.garbage import collection_paused
+from library.models.assemble import build_module, check_weights, from_config, hash_tensors
 from library.models.clip_text import TextEncoder, build_text_encoder, check_clip_skip, encode_tokens
 from library.models.family import WeightPlan
 from library.models.memory import (

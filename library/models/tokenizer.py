@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ _SPACE = re.compile(r"\s+")
 _SYNTAX = re.compile(r"[()\[\]\\:]")
 """What means something to `parse_attention`."""
 _PRIVATE = 0xF0000
-"""First of the characters that Unicode leaves to programs; one stands for each word with brackets while they are read."""
+"""First of the characters that Unicode leaves to programs; stands for a word with brackets while weights are read."""
 
 
 class ClipTokenizer:
@@ -75,7 +75,7 @@ class ClipTokenizer:
         self.pad = pad
         self.words = dict(words or {})
         self.length = CHUNK if max_token_length is None else max_token_length + 2
-        self._special = {START: (START_ID,), END: (END_ID,)}
+        self._special: dict[str, tuple[int, ...]] = {START: (START_ID,), END: (END_ID,)}
         if spec.pad_text is not None:
             self._special[spec.pad_text] = (spec.pad_id,)
         self._shields: dict[str, str] = {}
@@ -100,16 +100,19 @@ class ClipTokenizer:
         """Return a tokenizer for prompts: the same vocabulary and added words, always padded."""
         return ClipTokenizer(self.spec, max_token_length, weighted=weighted, words=self.words)
 
-    def with_words(self, words: Mapping[str, int], *, where: str = "--token_string") -> ClipTokenizer:
+    def with_words(
+        self, words: Mapping[str, int], *, where: str = "--token_string", may_hide: bool = False
+    ) -> ClipTokenizer:
         """Return a tokenizer that knows further words, after the added words of this one.
 
-        A word that stands for n tokens is written as one word, `cat*`, and becomes n ids; the second of its tokens alone
-        is `cat*1`, the third `cat*2`. Words are found before anything else, also inside longer words, in their own
-        spelling: capital letters count. Words with brackets keep them, whatever brackets mean around them.
+        A word that stands for n tokens is written as one word, `cat*`, and becomes n ids; the second of its tokens
+        alone is `cat*1`, the third `cat*2`. Words are found before anything else, also inside longer words, in their
+        own spelling: capital letters count. Words with brackets keep them, whatever brackets mean around them.
 
         Args:
             words: word to number of tokens, at least 1.
             where: what gave the words, for messages.
+            may_hide: a word may be one that CLIP's vocabulary has, which is then not to be had any more.
 
         Raises:
             UserError: a word, or the name of one of its tokens, is known already, is blank, or begins or ends with a
@@ -122,7 +125,7 @@ class ClipTokenizer:
                     "a new word must have letters, and no space around it", "Choose a new word.", where=where
                 )
             for token in _token_names(word, count):
-                if token in known or f"{token}</w>" in vocabulary():
+                if token in known or (not may_hide and f"{token}</w>" in vocabulary()):
                     raise UserError(_known(word, token), "Choose another word that no language has.", where=where)
                 known.add(token)
         return ClipTokenizer(
@@ -142,17 +145,24 @@ class ClipTokenizer:
 
     def weighted_ids(self, text: str) -> tuple[list[int], list[float]]:
         """Return the ids of `text` and a weight for each; without `weighted` all weights are 1."""
-        if not self.weighted:
-            ids = self.token_ids(text)
-            return ids, [1.0] * len(ids)
-        for word, shield in self._shields.items():
-            text = text.replace(word, shield)
-        ids, weights = [], []
-        for piece, weight in parse_attention(text):
-            found = self.token_ids(piece)
-            ids.extend(found)
-            weights.extend([weight] * len(found))
-        return ids, weights
+        return self.weighted_parts(text, None)[0]
+
+    def weighted_parts(self, text: str, separator: re.Pattern[str] | None) -> list[tuple[list[int], list[float]]]:
+        """Return what `weighted_ids` does for each part of `text` between `separator`s; brackets reach across them."""
+        pieces = [(text, 1.0)]
+        if self.weighted:
+            for word, shield in self._shields.items():
+                text = text.replace(word, shield)
+            pieces = parse_attention(text)
+        parts: list[tuple[list[int], list[float]]] = [([], [])]
+        for piece, weight in pieces:
+            for place, part in enumerate([piece] if separator is None else separator.split(piece)):
+                if place:
+                    parts.append(([], []))
+                found = self.token_ids(part)
+                parts[-1][0].extend(found)
+                parts[-1][1].extend([weight] * len(found))
+        return parts
 
     def token_count(self, text: str) -> int:
         """Return how many tokens `text` has; those beyond `length - 2` are cut off by `encode`."""
@@ -160,7 +170,12 @@ class ClipTokenizer:
 
     def encode(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
         """Return ids int64 [n,77] and weights float32 [n,77] (None unless weighted)."""
-        body, factors = self.weighted_ids(text)
+        return self.lay_out(*self.weighted_ids(text))
+
+    def lay_out(
+        self, body: Sequence[int], factors: Sequence[float]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
+        """Return the ids of a text and their weights as `encode` does: in chunks, cut or padded to the full length."""
         body, factors = body[: self.length - 2], factors[: self.length - 2]
         missing = self.length - 2 - len(body)
         padding = self.spec.pad_id if self.pad else NO_TOKEN

@@ -19,7 +19,7 @@ Affine = tuple[Tensor, Tensor]
 
 
 def compute_in_slices(model: nn.Module, slices: int) -> None:
-    """Let the residual blocks and the resizing layers of an `AutoencoderKL` compute in `slices` bands, without gradients.
+    """Let the residual blocks and the resizing layers of an `AutoencoderKL` compute in bands, without gradients.
 
     Blocks may overwrite their input, which nothing else in an autoencoder reads.
     """
@@ -51,7 +51,7 @@ def _resnet(block: Any, slices: int, x: Tensor, *_: Any, **__: Any) -> Tensor:
     first, shortcut = block.conv1, block.conv_shortcut
     inner = x.new_empty((x.shape[0], first.out_channels, *x.shape[2:]))
     _norm_and_convolve(block.norm1, block.nonlinearity, first, x, slices, inner.__setitem__)
-    # Rows of the input are needed once more, for the sum, row by row: where the widths agree, the sum takes their place.
+    # Rows of the input are needed once more, for the sum: where the widths agree, the sum takes their place.
     result = x if shortcut is None else torch.empty_like(inner)
 
     def add(where: Any, band: Tensor) -> None:
@@ -106,7 +106,7 @@ def _affine(norm: nn.GroupNorm, x: Tensor, slices: int) -> Affine:
 
 
 def _up(layer: Any, slices: int, x: Tensor, *_: Any, **__: Any) -> Tensor:
-    batch, _, height, width = x.shape
+    batch, height, width = x.shape[0], x.shape[2], x.shape[3]
     result = x.new_empty((batch, layer.conv.out_channels, 2 * height, 2 * width))
     for start, stop in _bands(height, slices):
         # Of the doubled rows of the neighbours the convolution needs the nearer one.
@@ -121,9 +121,9 @@ def _doubled(x: Tensor) -> Tensor:
 
 def _down(layer: Any, slices: int, x: Tensor, *_: Any, **__: Any) -> Tensor:
     """Halve the size as diffusers does: one row and column of zeros at the end, a 3x3 convolution of stride 2."""
-    batch, _, height, width = x.shape
+    height, width = x.shape[2:]
     convolution, rows = layer.conv, (height - 2) // 2 + 1
-    result = x.new_empty((batch, convolution.out_channels, rows, (width - 2) // 2 + 1))
+    result = x.new_empty((x.shape[0], convolution.out_channels, rows, (width - 2) // 2 + 1))
     for start, stop in _bands(rows, slices):
         part = x[:, :, 2 * start : 2 * stop + 1]
         part = F.pad(part, (0, 1, 0, 2 * (stop - start) + 1 - part.shape[2]))

@@ -39,6 +39,15 @@ def check_training(options: TrainingOptions, *, world_size: int) -> Iterator[Pro
     yield from _override_names(options)
 
 
+def check_sources(options: TrainingOptions) -> Iterator[Problem]:
+    """Yield what keeps a tool that trains nothing from opening the model and the data that options name."""
+    yield from (problem for problem in _missing(options) if problem.where != "--output_dir")
+    yield from _data_paths(options)
+    if not options.data.debug_dataset:
+        yield from _model_paths(options)
+    yield from _augmentation(options)
+
+
 def warn_training(options: TrainingOptions) -> Iterator[Problem]:
     """Yield what is probably not meant."""
     model, text, length, save = options.model, options.text, options.length, options.save
@@ -112,13 +121,9 @@ def _missing(options: TrainingOptions) -> Iterator[Problem]:
 
 def _paths(options: TrainingOptions) -> Iterator[Problem]:
     """Yield every path that must exist and does not."""
-    data, state = options.data, options.state
-    if not data.dataset_config:
-        yield from must_exist("--train_data_dir", data.train_data_dir, folder=True)
-        yield from must_exist("--reg_data_dir", data.reg_data_dir, folder=True)
-        yield from must_exist("--in_json", data.in_json)
-    yield from must_exist("--dataset_config", data.dataset_config)
-    if data.debug_dataset:
+    state = options.state
+    yield from _data_paths(options)
+    if options.data.debug_dataset:
         return
     yield from must_exist("--log_tracker_config", options.log.log_tracker_config)
     missing = list(must_exist("--sample_prompts", options.sample.sample_prompts))
@@ -128,6 +133,19 @@ def _paths(options: TrainingOptions) -> Iterator[Problem]:
         yield from must_exist("--metadata_thumbnail", thumbnail)
     if state.resume and state.resume != "latest" and not state.resume_from_huggingface:
         yield from must_exist("--resume", state.resume, folder=True)
+    yield from _model_paths(options)
+
+
+def _data_paths(options: TrainingOptions) -> Iterator[Problem]:
+    data = options.data
+    if not data.dataset_config:
+        yield from must_exist("--train_data_dir", data.train_data_dir, folder=True)
+        yield from must_exist("--reg_data_dir", data.reg_data_dir, folder=True)
+        yield from must_exist("--in_json", data.in_json)
+    yield from must_exist("--dataset_config", data.dataset_config)
+
+
+def _model_paths(options: TrainingOptions) -> Iterator[Problem]:
     yield from _model_file("--pretrained_model_name_or_path", options.model.pretrained_model_name_or_path)
     yield from _model_file("--vae", options.model.vae)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from library.training.options_network import NetworkTrainingOptions
 
 _MODULE = "--network_module"
-UNET_ONLY_MODULES = ("networks.oft",)
+UNET_ONLY_MODULES = ("networks.oft", "networks.hypernetwork")
 """Modules that leave the text encoder alone, whatever is asked for."""
 
 _PACKAGES = {"lycoris": "lycoris_lora"}
@@ -63,9 +63,9 @@ def warn_network(options: NetworkTrainingOptions) -> Iterator[Problem]:
 
 
 def _module(name: str | None) -> Iterator[Problem]:
-    from library.training.options_network import MODULES
+    from library.models.network_module import MODULES, OFFERED
 
-    listed = ", ".join(MODULES)
+    listed = ", ".join(OFFERED)
     if name is None:
         yield Problem(_MODULE, "is required", f"Name one of {listed}, or a module of your own.")
         return
@@ -81,7 +81,7 @@ def _module(name: str | None) -> Iterator[Problem]:
         hint = f"Run: pip install {_PACKAGES.get(package, package)}" if name in MODULES else f"There are {listed}."
         yield Problem(_MODULE, f"{name}: the module {package} is not installed", hint)
         return
-    near = nearest(name, MODULES, cutoff=0.6)
+    near = nearest(name, OFFERED, cutoff=0.6)
     yield Problem(_MODULE, f"there is no module {name}", f"Did you mean {near}?" if near else f"There are {listed}.")
 
 

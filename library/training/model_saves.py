@@ -73,8 +73,8 @@ Describe = Callable[[int, int], dict[str, str]]
 """(epochs done, updates done) -> what a model that is saved now says about itself and its training."""
 
 
-def model_metadata(facts: RunFacts) -> Describe:
-    """Return what describes the full checkpoints of a run. Names only, never paths."""
+def model_metadata(facts: RunFacts, kind: str = "") -> Describe:
+    """Return what describes the models of a run; `kind` as in `modelspec_metadata`. Names only, never paths."""
     base = facts.identity.base_model
     constant = {
         **metadata_values(facts.opts),
@@ -92,7 +92,7 @@ def model_metadata(facts: RunFacts) -> Describe:
 
     def describe(epoch: int, step: int) -> dict[str, str]:
         progress = {"ss_epoch": str(epoch), "ss_steps": str(step)}
-        return {**constant, **progress, **described(facts.opts, facts.spec, resolution_wh)}
+        return {**constant, **progress, **described(facts.opts, facts.spec, resolution_wh, kind)}
 
     return describe
 

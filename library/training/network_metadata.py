@@ -18,6 +18,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.hashes import model_hashes, vae_hashes
+from library.models.network_module import HYPERNETWORK
 from library.option_groups import metadata_values
 from library.training.model_saves import described, largest_resolution
 
@@ -110,7 +111,8 @@ class NetworkMetadata:
             epoch: epochs done; of the last save, which may be in the middle of one, all epochs count.
             step: updates done.
         """
-        modelspec = described(self.opts, self.family, self.resolution_wh, kind="lora")
+        kind = "hypernetwork" if self.opts.network.network_module == HYPERNETWORK else "lora"
+        modelspec = described(self.opts, self.family, self.resolution_wh, kind=kind)
         if self.hashes is None:
             return {**{key: self.facts[key] for key in MINIMAL if key in self.facts}, **modelspec}
         ended = step >= self.length.total_steps

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from library.data.bad_files import TOLERATED_SHARE
 from library.data.dataset import open_data
 from library.data.scan import ScanContext
 from library.models.tokenizer import tokenizers_for
@@ -11,6 +14,7 @@ from library.training.run_length import report_data
 
 if TYPE_CHECKING:
     from library.contracts import FamilySpec
+    from library.data.captions import Replacement
     from library.data.dataset import TrainingData
     from library.models.tokenizer import ClipTokenizer
     from library.training.options import TrainingOptions
@@ -21,6 +25,9 @@ def open_training_data(
     spec: FamilySpec,
     kinds: tuple[str, ...],
     tokenizers: tuple[ClipTokenizer, ...] | None = None,
+    *,
+    replacements: Sequence[Replacement] = (),
+    tolerated_share: float = TOLERATED_SHARE,
 ) -> TrainingData | None:
     """Find the images of a run; with `--debug_dataset` write the report instead and return None. No model is needed.
 
@@ -29,6 +36,8 @@ def open_training_data(
         spec: of the model family.
         kinds: of data set that the script takes; `controlnet` (masks in files) counts with `--masked_loss` only.
         tokenizers: one per text encoder; None: those of the family.
+        replacements: what is replaced in the captions of all images but regularization images.
+        tolerated_share: of files that may be bad under `--skip_bad_files`.
 
     Raises:
         UserError: holds every problem of the stage that found some.
@@ -40,8 +49,11 @@ def open_training_data(
         spec=spec,
         kinds=tuple(kind for kind in kinds if kind != "controlnet" or opts.data.masked_loss),
         tokenizers=tokenizers or tokenizers_for(spec, opts.text),
-        context=ScanContext(opts.length.seed or 0, report_dir=opts.save.output_dir),
+        context=ScanContext(opts.length.seed or 0, report_dir=opts.save.output_dir, tolerated_share=tolerated_share),
     )
+    for part in (data, data.validation) if replacements else ():
+        if part is not None:
+            part.catalogue = replace(part.catalogue, replacements=tuple(replacements))
     if not opts.data.debug_dataset:
         return data
     report_data(data, opts)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from library.errors import Problem
-from library.models.network_module import MODULES
+from library.models.network_module import MODULES, OFFERED
 from library.option_groups import OptionGroup, opt
 from library.option_values import BadValue
 from library.training.options import OptimizerOptions, TrainingOptions
@@ -39,7 +39,7 @@ class NetworkOptions(OptionGroup, title="network"):
         None,
         convert=module_name,
         metadata_key="ss_network_module",
-        help=f"Python module that makes the network: {', '.join(MODULES)}, or one of your own.",
+        help=f"Python module that makes the network: {', '.join(OFFERED)}, or one of your own.",
     )
     network_dim: int | None = opt(
         None,
@@ -179,6 +179,13 @@ class NetworkOptions(OptionGroup, title="network"):
             yield Problem("--network_dim", "has no effect with --dim_from_weights: the file decides")
 
 
+FROZEN_FLOAT8: dict[str, Any] = {
+    "needs": _HALF,
+    "excludes": _ENGINE,
+    "help": "Keep the frozen weights of U-Net and text encoder in 8 bits.",
+}
+"""What `--fp8_base` is in scripts that leave the model as it is."""
+
 _CHANGES: dict[str, dict[str, Any]] = {
     # Keys of data set files everywhere; here the command line has them too.
     "in_json": {"flag": "in_json"},
@@ -189,11 +196,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
         "choices": ("ckpt", "pt", "safetensors"),
         "help": "Format of saved networks.",
     },
-    "fp8_base": {
-        "needs": _HALF,
-        "excludes": _ENGINE,
-        "help": "Keep the frozen weights of U-Net and text encoder in 8 bits.",
-    },
+    "fp8_base": FROZEN_FLOAT8,
 }
 
 
@@ -211,7 +214,7 @@ class NetworkTrainingOptions(TrainingOptions, changes=_CHANGES, leave_out=("no_t
 
     def __post_init__(self) -> None:
         if self.optimizer.fused_backward_pass:
-            object.__setattr__(self, "optimizer", _unfused(self.optimizer))
+            object.__setattr__(self, "optimizer", unfused(self.optimizer))
 
     def validation_options(self) -> ValidationOptions:
         """Return when the validation loss is measured."""
@@ -241,6 +244,6 @@ class NetworkTrainingOptions(TrainingOptions, changes=_CHANGES, leave_out=("no_t
         yield from warn_network(self)
 
 
-def _unfused(optimizer: OptimizerOptions) -> OptimizerOptions:
-    """Return the options without `--fused_backward_pass`: the gradients of a network take next to no memory."""
+def unfused(optimizer: OptimizerOptions) -> OptimizerOptions:
+    """Return the options without `--fused_backward_pass`, for methods whose gradients take next to no memory."""
     return replace(optimizer, fused_backward_pass=False)

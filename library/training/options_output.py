@@ -40,6 +40,7 @@ OVERRIDES = {
 }
 """Names that `--resume_override` accepts besides groups and options, and what they stand for."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class SaveOptions(OptionGroup, title="save", resume="free"):
     """Where, when and how models are saved."""

@@ -115,12 +115,16 @@ class DeferredScalars:
 
 
 def learning_rates(names: Sequence[str], optimizer: torch.optim.Optimizer) -> dict[str, Scalar]:
-    """Return `lr/<name>` of each parameter group, and `lr/d*lr/<name>` where the optimizer estimates a step size d."""
+    """Return `lr/<name>` of each parameter group, and `lr/d*lr/<name>` where the optimizer estimates a step size d.
+
+    A group without a name, the only one, has `lr` and `lr/d*lr`.
+    """
     found: dict[str, Scalar] = {}
     for name, group in zip(names, optimizer.param_groups, strict=True):
-        found[f"lr/{name}"] = group["lr"]
+        of_group = f"/{name}" if name else ""
+        found[f"lr{of_group}"] = group["lr"]
         if "d" in group:
-            found[f"lr/d*lr/{name}"] = group["d"] * group["lr"]
+            found[f"lr/d*lr{of_group}"] = group["d"] * group["lr"]
     return found
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from library.contracts import Position, RunLength
 from library.data.loader import PlannedBatches
-from library.inference.render import DiffusionRenderer
+from library.inference.render import DiffusionRenderer, RenderSettings
 from library.option_groups import loggable
 from library.training.beginning import Beginning
 from library.training.loss import make_loss
@@ -201,7 +201,8 @@ def make_saver(training: Training, data: TrainingData, position: Any) -> Saver:
 def make_sampler(training: Training) -> SampleImages:
     """Return what draws sample pictures."""
     run, opts = training.run, training.opts
-    renderer = DiffusionRenderer(training.family, autocast=run.autocast, zero_terminal_snr=opts.noise.zero_terminal_snr)
+    settings = RenderSettings(zero_terminal_snr=opts.noise.zero_terminal_snr)
+    renderer = DiffusionRenderer(training.family, settings, autocast=run.autocast)
     return SampleImages(
         opts.sample,
         opts.save,

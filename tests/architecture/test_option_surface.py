@@ -11,6 +11,7 @@ import pytest
 import fine_tune
 import train_db
 import train_network
+import train_textual_inversion
 from library.option_parser import parse
 from library.option_values import type_name
 from library.retired import ELSEWHERE, NO_EFFECT_IN, SPELLINGS
@@ -18,10 +19,12 @@ from library.retired import ELSEWHERE, NO_EFFECT_IN, SPELLINGS
 ROOT = Path(__file__).parents[2]
 DECLARATIONS = {
     "checks.py",
+    "checks_inversion.py",
     "checks_network.py",
     "options.py",
     "options_doc.py",
     "options_full.py",
+    "options_inversion.py",
     "options_network.py",
     "options_objective.py",
     "options_output.py",
@@ -31,7 +34,12 @@ DECLARATIONS = {
 # Options that ask for what always happens, one that its group reads itself, and one that is only stored.
 HONOURED = {"diffusers_xformers", "sdpa", "persistent_data_loader_workers", "resume_override", "training_comment"}
 
-SCRIPTS = {"train_db": train_db.Options, "fine_tune": fine_tune.Options, "train_network": train_network.Options}
+SCRIPTS = {
+    "train_db": train_db.Options,
+    "fine_tune": fine_tune.Options,
+    "train_network": train_network.Options,
+    "train_textual_inversion": train_textual_inversion.Options,
+}
 GOLDEN = {
     script: json.loads((ROOT / "tests" / "golden" / f"{script}_options.json").read_text(encoding="utf-8"))
     for script in SCRIPTS
@@ -62,6 +70,7 @@ OURS_IN: dict[str, set[str]] = {
     "train_db": set(),
     "fine_tune": TEXT_CACHES,
     "train_network": TEXT_CACHES,
+    "train_textual_inversion": TEXT_CACHES | {"save_tensor_name"},
 }
 
 OPTIONS = {

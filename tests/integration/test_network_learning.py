@@ -35,6 +35,7 @@ LEARNERS = {
     ),
     "loha": ("networks.loha", "", 0.65),
     "lokr": ("networks.lokr", "--learning_rate=2e-2 --network_args factor=4", 0.65),
+    "hypernetwork": ("networks.hypernetwork", "", 0.9),
     "dora": ("networks.lora", "--network_args dora_wd=True", 0.65),
     "lycoris locon": ("lycoris.kohya", "--network_args algo=locon conv_dim=4", 0.65),
 }
@@ -88,6 +89,8 @@ def train(model: Path, photos: Path, out: Path, module: str, *argv: str) -> Path
         "max_data_loader_n_workers": 0,
         "seed": 5,
     }
+    if module.endswith("hypernetwork"):
+        del options["network_dim"]
     assert train_network(*(f"--{name}={value}" for name, value in options.items()), "--cache_latents", *argv) == 0
     return out / "things.safetensors"
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from library.contracts import Batch, Condition, Noised, ParamGroup
     from library.draws import Draws
+    from library.models.family import ModelFamily
     from library.training.model_saves import Describe, RunFacts
 
 
@@ -91,3 +92,41 @@ class Method(Protocol):
         self, target: Path, kind: str, precision: torch.dtype | None, metadata: dict[str, str], *, epoch: int, step: int
     ) -> Path:
         """Write what was trained for use and return its path; `target` has no suffix."""
+
+
+class PlainMethod:
+    """What most methods do in most places: the denoiser predicts, the objective has the target, and that is all."""
+
+    family: ModelFamily
+    light = False
+    flat_parameters = False
+    may_skip_parameters = False
+    uses_global_randomness = False
+
+    def accumulate_in_place(self) -> None:
+        """Nothing to do: autograd does so where gradients stay."""
+
+    def enter_step(self, step: int) -> bool:
+        """Nothing stops training during the run."""
+        return False
+
+    def before_micro_step(self, batch: Batch) -> None:
+        """Nothing to do."""
+
+    def predict(self, noised: Noised, condition: Condition, batch: Batch) -> Tensor:
+        """Run the denoiser."""
+        return self.family.denoise(noised.noisy, noised.t, condition)
+
+    def target(self, noised: Noised, condition: Condition, batch: Batch) -> Tensor:
+        """Return the objective's own target."""
+        return noised.target
+
+    def see_gradients(self) -> None:
+        """Nothing to do."""
+
+    def after_update(self, step: int) -> None:
+        """Nothing to do: there is no constraint on the weights."""
+
+    def scalars(self) -> Mapping[str, Tensor | float]:
+        """Return nothing: there are no numbers but those of every method."""
+        return {}

@@ -14,24 +14,20 @@ from library.checkpoints.parameter_order import in_reference_order
 from library.checkpoints.save import save_kind
 from library.contracts import ParamGroup
 from library.models.memory import has_dropout
+from library.training.methods.base import PlainMethod
 from library.training.model_saves import model_metadata
 
 if TYPE_CHECKING:
-    from torch import Tensor
 
-    from library.contracts import Batch, Condition, Noised
+    from library.contracts import Batch, Condition
     from library.draws import Draws
     from library.models.family import ModelFamily
     from library.training.model_saves import Describe, RunFacts
     from library.training.options_full import FullTrainingOptions
 
 
-class FullTune:
+class FullTune(PlainMethod):
     """Trains all weights of the family's denoiser and, until the stop, those of its text encoders."""
-
-    light = False
-    flat_parameters = False
-    may_skip_parameters = False
 
     def __init__(self, family: ModelFamily, opts: FullTrainingOptions) -> None:
         self.family = family
@@ -78,9 +74,6 @@ class FullTune:
         names = {"unet": ("unet", self.learning_rate), "text_encoder": ("text_encoder1", rate_te)}
         return [ParamGroup(names[name][0], params, names[name][1]) for name, params in parameters.items()]
 
-    def accumulate_in_place(self) -> None:
-        """Nothing to do: autograd does so where gradients stay."""
-
     def enter_step(self, step: int) -> bool:
         """Freeze the text encoder when `--stop_text_encoder_training` updates are done."""
         if not self.text_active or self.stop_step is None or step < self.stop_step:
@@ -96,27 +89,6 @@ class FullTune:
         """Encode the captions, with gradients only while the text encoder trains."""
         with torch.set_grad_enabled(self.text_active and torch.is_grad_enabled()):
             return self.family.condition(batch, draws)
-
-    def predict(self, noised: Noised, condition: Condition, batch: Batch) -> Tensor:
-        """Run the denoiser."""
-        return self.family.denoise(noised.noisy, noised.t, condition)
-
-    def target(self, noised: Noised, condition: Condition, batch: Batch) -> Tensor:
-        """Return the objective's own target."""
-        return noised.target
-
-    def before_micro_step(self, batch: Batch) -> None:
-        """Nothing to do."""
-
-    def see_gradients(self) -> None:
-        """Nothing to do."""
-
-    def after_update(self, step: int) -> None:
-        """Nothing to do: full fine-tuning has no constraint on its weights."""
-
-    def scalars(self) -> dict[str, Tensor]:
-        """Return nothing: there are no numbers but those of every method."""
-        return {}
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

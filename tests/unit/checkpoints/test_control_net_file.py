@@ -106,9 +106,13 @@ def test_the_loaded_net_computes_what_diffusers_does(nets, tmp_path):
     net = nets["sd1"]
     loaded = load(write_control_net(net, tmp_path / "net.safetensors", "original"), Unet(net))
     generator = torch.Generator().manual_seed(2)
-    noisy, text, guide = (torch.randn(shape, generator=generator) for shape in ((2, 4, 8, 8), (2, 7, 64), (2, 3, 64, 64)))
+    noisy, text, guide = (
+        torch.randn(shape, generator=generator) for shape in ((2, 4, 8, 8), (2, 7, 64), (2, 3, 64, 64))
+    )
     mine, theirs = (model(noisy, torch.tensor(500), text, guide, return_dict=False) for model in (loaded, net))
-    assert max(abs(one - two).max() for one, two in zip((*mine[0], mine[1]), (*theirs[0], theirs[1]), strict=True)) < 1e-4
+    assert (
+        max(abs(one - two).max() for one, two in zip((*mine[0], mine[1]), (*theirs[0], theirs[1]), strict=True)) < 1e-4
+    )
     assert abs(theirs[1]).max() > 0.1
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 

@@ -7,7 +7,7 @@ import torch
 from library.inference.diffusion import RenderingStopped, Watch
 from library.inference.prompt_text import PromptEncoder, weight_tokens
 from library.inference.prompts import PromptRequest
-from library.inference.render import DiffusionRenderer, NotFinite, _on_device
+from library.inference.render import DiffusionRenderer, NotFinite, RenderSettings, _on_device
 from library.inference.samplers import SAMPLERS
 
 
@@ -17,7 +17,7 @@ def request(prompt="a fox", **more):
 
 
 def render(family, *requests, batch_size=1, **more):
-    images = DiffusionRenderer(family, batch_size=batch_size).render(requests, **more)
+    images = DiffusionRenderer(family, RenderSettings(batch_size=batch_size)).render(requests, **more)
     return [np.asarray(image).astype(int) for image in images]
 
 

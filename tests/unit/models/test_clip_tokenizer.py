@@ -82,6 +82,13 @@ def test_known_words_cannot_be_added(word):
         tokenizer.with_words({word: 1})
 
 
+def test_a_known_word_is_hidden_only_where_that_is_wanted():
+    tokenizer = ClipTokenizer(SD_V1_TOKENIZER).with_words({"cat": 1}, may_hide=True)
+    assert tokenizer.token_ids("a cat") == [320, 49408]
+    with pytest.raises(UserError, match="already in the vocabulary"):
+        tokenizer.with_words({"cat": 1}, may_hide=True)
+
+
 def test_the_names_of_further_tokens_must_be_new_too():
     with pytest.raises(UserError, match="a.pt: the name 'frg2' of one of the tokens of 'frg' is already"):
         ClipTokenizer(SD_V1_TOKENIZER).with_words({"frg2": 1}).with_words({"frg": 3}, where="a.pt")
