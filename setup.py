@@ -20,6 +20,8 @@ setup(
         "train_network",
         "train_textual_inversion",
         "train_textual_inversion_XTI",
+        "gen_img",
+        "sdxl_gen_img",
         "quickstart",
     ],
     install_requires=[

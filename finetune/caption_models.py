@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.blip_weights import read_original, structure_of
 from finetune.caption_inputs import ImageRecipe, recipe_of
 from library.checkpoints.folders import choose_weights, open_folder_weights, shard_names
-from library.checkpoints.hub import from_hub, near_names
+from library.checkpoints.hub import from_hub, is_hub_id, near_names
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ def load_folder(
         folder = path
     elif path.exists() or not hub:
         raise UserError("is not a folder of transformers", near_names(path), where=where)
+    elif not is_hub_id(name):
+        raise UserError("no such file or folder", near_names(path), where=where)
     else:
         folder = from_hub(name, option, near=near_names(path), wanted=_wanted_files, is_complete=_is_complete)
     if not (folder / "config.json").is_file():

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from library.errors import Problem
 from library.option_groups import OptionGroup, opt
+from networks.tool_parts import PRECISIONS, device_of, dtype_of
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,3 +69,29 @@ class PictureOptions(OptionGroup, title="pictures"):
     def done(self) -> Callable[[Path], bool] | None:
         """Return what tells whether a picture is to be left out; None when none is."""
         return (lambda path: self.text_file(path).is_file()) if self.skip_existing else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions(OptionGroup, title="device"):
+    """Where the model works, and with which numbers."""
+
+    device: str | None = opt(None, help="cpu, cuda or cuda:1, for example. Default: cuda when there is one, else cpu.")
+    precision: str | None = opt(
+        None,
+        choices=PRECISIONS,
+        help="Numbers of the model. Default: float; models other than BLIP and GIT stay as stored when on a GPU.",
+    )
+
+    def device_here(self) -> torch.device:
+        """Return the device.
+
+        Raises:
+            UserError: there is no such device here.
+        """
+        import torch
+
+        return device_of(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def dtype(self) -> torch.dtype | None:
+        """Return the type of numbers that was asked for, None for the default."""
+        return dtype_of(self.precision)

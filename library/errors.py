@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 EXIT_BUG = 1
 EXIT_USER = 2
+EXIT_FOUND = 3
+"""A check did its work and found something to complain about."""
 EXIT_CANNOT_SAVE = 4
 EXIT_DIVERGED = 5
 

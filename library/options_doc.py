@@ -1,4 +1,4 @@
-"""Writes docs/options.md and docs/tool_options.md from the declarations.
+"""Writes docs/options.md, docs/gen_img_options.md and docs/tool_options.md from the declarations.
 
 Run as `python -m library.options_doc` beside the entry scripts.
 """
@@ -21,11 +21,15 @@ from library.retired import NO_EFFECT_IN, SPELLINGS
 SCRIPTS = ("train_db", "fine_tune", "train_network", "train_textual_inversion")
 """Entry scripts whose options are documented."""
 
+PICTURE_SCRIPTS = ("gen_img",)
+"""Entry scripts that make pictures, which have a page of their own."""
+
 TOOL_FOLDERS = ("finetune", "networks", "tools")
 """Folders of tools: files in them that declare `class Options` are documented."""
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "options.md"
+PICTURES_TARGET = ROOT / "docs" / "gen_img_options.md"
 TOOLS_TARGET = ROOT / "docs" / "tool_options.md"
 
 _INTRODUCTION = """# Options
@@ -38,6 +42,14 @@ that the file switches on can be switched off with `--flag=false`. Options may n
 
 *resume* says whether an option may differ when a run is resumed: `exact` options change what is computed, and must be
 the same unless `--resume_override` names them (or their group, the heading); `free` ones may change.
+"""
+
+
+_PICTURES_INTRODUCTION = """# Options for making pictures
+
+This page is made from the declarations in the code: edit those and run `python -m library.options_doc`.
+
+Options may not be abbreviated. Many of them can also stand in a prompt, where they win: see [the guide](gen_img.md).
 """
 
 
@@ -59,6 +71,11 @@ def document(sets: Mapping[str, type[OptionSet]]) -> str:
 def tool_document(sets: Mapping[str, type[OptionSet]]) -> str:
     """Return the page for tools by the name of their module."""
     return _TOOLS_INTRODUCTION + "".join(_tool(name, options_class) for name, options_class in sets.items())
+
+
+def picture_document(sets: Mapping[str, type[OptionSet]]) -> str:
+    """Return the page for scripts that make pictures, by name."""
+    return _PICTURES_INTRODUCTION + "".join(_tool(name, options_class) for name, options_class in sets.items())
 
 
 def _tool(module: str, options_class: type[OptionSet]) -> str:
@@ -139,6 +156,11 @@ def option_sets() -> dict[str, type[OptionSet]]:
     return {name: _declared_in(name) for name in SCRIPTS}
 
 
+def picture_option_sets() -> dict[str, type[OptionSet]]:
+    """Import the scripts that make pictures, which must be on the path, and return their options."""
+    return {name: _declared_in(name) for name in PICTURE_SCRIPTS}
+
+
 def tool_modules() -> list[str]:
     """Return the modules below `TOOL_FOLDERS` that declare options, found without importing them."""
     return [
@@ -163,10 +185,11 @@ def _declared_in(module: str) -> type[OptionSet]:
 
 
 def main() -> None:
-    """Write both pages."""
+    """Write all pages."""
     from library.files import write_text
 
     write_text(TARGET, document(option_sets()))
+    write_text(PICTURES_TARGET, picture_document(picture_option_sets()))
     write_text(TOOLS_TARGET, tool_document(tool_option_sets()))
 
 

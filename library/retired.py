@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-SPELLINGS = {"caption_extention": "caption_extension"}
+SPELLINGS = {"caption_extention": "caption_extension", "control_net_weights": "control_net_multipliers"}
 """Old spelling -> option. When both are given, the old spelling wins, as it always did."""
 
 
@@ -17,7 +17,10 @@ class NoEffect(NamedTuple):
 
 _SCRIPTS = ("train_db", "fine_tune", "train_network", "train_textual_inversion")
 _NO_TEXT_CACHE = NoEffect("captions go through the text encoder in every step, since its new vectors are trained", True)
-_FEW = NoEffect("the few numbers that are trained stay in float32, and all others have the type of --mixed_precision", False)
+_FEW = NoEffect(
+    "the few numbers that are trained stay in float32, and all others have the type of --mixed_precision", False
+)
+_NO_DOWNLOAD = "the CLIP vocabulary is built in, so there is nothing to download or keep"
 
 
 def _in_all(reason: str) -> dict[str, NoEffect]:
@@ -30,7 +33,10 @@ NO_EFFECT_IN: dict[str, dict[str, NoEffect]] = {
         for script in ("train_db", "fine_tune")
     },
     "lowram": _in_all("files are always mapped, and weights go straight from them to the GPU"),
-    "tokenizer_cache_dir": _in_all("the CLIP vocabulary is built in, so there is nothing to download or keep"),
+    "tokenizer_cache_dir": {
+        **_in_all(_NO_DOWNLOAD),
+        "gen_img": NoEffect(_NO_DOWNLOAD, refuse=False),
+    },
     "conditioning_data_dir": {
         script: NoEffect("masks are named by the subsets of --dataset_config (key conditioning_data_dir)", False)
         for script in ("train_db", "train_network", "train_textual_inversion")
@@ -82,6 +88,18 @@ _BY_OWNER = {
         double_blocks_to_swap single_blocks_to_swap blockwise_fused_optimizers flux_fused_backward_pass
         cpu_offload split_mode train_blocks split_qkv train_t5xxl fp8_vl gemma2 gemma2_max_token_length
         use_flash_attn use_sage_attn system_prompt cfg_trunc_ratio renorm_cfg chroma model_type""",
+    "generating pictures (gen_img.py)": """
+        ckpt from_file from_module prompter_module_args interactive no_preview image_path mask_path images_per_prompt
+        outdir sequential_file_name use_original_file_name n_iter sampler vae_slices iter_same_seed shuffle_prompts
+        opt_channels_last network_mul network_show_meta network_merge network_merge_n_models network_pre_calc
+        network_regional_mask_max_color_codes textual_inversion_embeddings max_embeddings_multiples emb_normalize_mode
+        force_scheduler_zero_steps_offset guide_image_path highres_fix_scale highres_fix_steps highres_fix_strength
+        highres_fix_save_1st highres_fix_latents_upscaling highres_fix_upscaler highres_fix_upscaler_args
+        highres_fix_disable_control_net negative_scale control_net_models control_net_preps control_net_multipliers
+        control_net_ratios""",
+    "guidance by other models (CLIP, VGG16) and embeddings by layer (XTI), which gen_img.py does without": """
+        clip_guidance_scale clip_image_guidance_scale vgg16_guidance_scale vgg16_guidance_layer XTI_embeddings
+        replace_clip_l14_336""",
     "the kohya_ss interface": """
         noise_offset_type epoch model_list pretrained_model_name LoRA_type sdxl flux1_checkbox sd3_checkbox
         sdxl_checkbox sdxl_cache_text_encoder_outputs sdxl_no_half_vae additional_parameters

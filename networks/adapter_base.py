@@ -7,7 +7,7 @@ file holds only what makes its kind of adapter different.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,13 @@ from torch import Tensor, nn
 
 from library.randomness import derive
 from networks.targets import Target
+
+
+Region = Callable[[bool, Tensor], "Tensor | float"]
+"""Where a network acts: (whether the layer reads words, its output) -> share of the adapter's effect there, from 0 to 1.
+
+A tensor is broadcast over the output; layers that read words are those of text encoders and the keys and values of
+cross attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,8 @@ class Adapter(nn.Module):
         scale: `alpha / rank`, a number, so that no step reads a tensor.
         dropping: whether anything is left out by chance now, that is, in training mode.
         bare: whether `inner` is what the layer's class computes, not another adapter: its weight may be used directly.
+        reads_words: whether the layer's input is a text, not a picture.
+        region: where the adapter acts, for several networks in one picture; None: everywhere.
         group: part of the name of the parameter group, such as `block3`; empty: one group for all.
         rate_factor: what the learning rate is multiplied by; the same in all of a group.
         rate: learning rate in place of the network's; the same in all of a group.
@@ -59,11 +68,13 @@ class Adapter(nn.Module):
     alpha: Any
     inner: Any
     """The layer's forward method as it was; None while the adapter is not attached."""
+    region: Region | None
 
     def __init__(self, target: Target, *, rank: int, alpha: float | None, dropouts: Dropouts | None = None) -> None:
         super().__init__()
         self.name = target.name
         self.encoder = target.encoder
+        self.reads_words = target.encoder is not None or target.name.endswith(("attn2_to_k", "attn2_to_v"))
         self.rank = rank
         self.dropouts = dropouts or Dropouts()
         self.dropping = self.dropouts.any
@@ -74,6 +85,7 @@ class Adapter(nn.Module):
         self.group, self.rate_factor, self.rate = "", 1.0, None  # type: tuple[str, float, float | None]
         # Held past nn.Module, which would take the model's layer for a part of the adapter.
         vars(self)["layer"] = target.layer
+        vars(self)["region"] = None
         self._hook(None)
 
     @property
@@ -99,7 +111,7 @@ class Adapter(nn.Module):
         """Put the adapter into the layer's forward pass; it adds to what other adapters there do."""
         if self.inner is None:
             self._hook(self.layer.forward)
-            self.layer.forward = self.forward
+            self.layer.forward = self._entry
 
     def detach(self) -> None:
         """Take the adapter out of the layer's forward pass, whatever was attached after it.
@@ -109,13 +121,13 @@ class Adapter(nn.Module):
         """
         if self.inner is None:
             return
-        if self.layer.forward == self.forward:
+        if self.layer.forward == self._entry:
             vars(self.layer).pop("forward")
             if self.layer.forward != self.inner:
                 self.layer.forward = self.inner
         else:
             above = self.layer.forward
-            while isinstance(owner := getattr(above, "__self__", None), Adapter) and owner.inner != self.forward:
+            while isinstance(owner := getattr(above, "__self__", None), Adapter) and owner.inner != self._entry:
                 above = owner.inner
             if not isinstance(owner, Adapter):
                 raise RuntimeError(f"{self.name}: another hook was attached after this adapter; remove that first")
@@ -125,6 +137,27 @@ class Adapter(nn.Module):
     def _hook(self, inner: Any) -> None:
         vars(self)["inner"] = inner
         vars(self)["bare"] = inner is not None and getattr(inner, "__func__", None) is type(self.layer).forward
+
+    @property
+    def _entry(self) -> Callable[[Tensor], Tensor]:
+        """What takes the place of the layer's forward method."""
+        return self.forward if self.region is None else self._forward_in_region
+
+    def limit_to(self, region: Region | None) -> None:
+        """Act where `region` says, or everywhere again; without a region a forward pass knows nothing of all this."""
+        attached = self.attached
+        self.detach()
+        vars(self)["region"] = region
+        if attached:
+            self.attach()
+
+    def _forward_in_region(self, x: Tensor) -> Tensor:
+        """Compute the layer without and with the adapter, and take of each what the region says."""
+        plain = self.inner(x)
+        share = 1.0 if self.region is None else self.region(self.reads_words, plain)
+        if isinstance(share, Tensor):
+            return torch.lerp(plain, self.forward(x), share.to(plain.dtype))
+        return plain if share == 0 else torch.lerp(plain, self.forward(x), share)
 
     def train(self, mode: bool = True) -> Adapter:  # noqa: FBT001, FBT002 - torch's signature
         """Set training mode, in which dropouts work."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from networks.adapter_base import Adapter
+from networks.adapter_base import Adapter, Region
 from networks.adapter_files import load_into, read_weights
 from networks.param_groups import PlusRatios, parameter_groups
 from networks.targets import base_of
@@ -97,6 +97,11 @@ class AdapterNetwork(nn.Module):
                 adapter.attach()
             else:
                 adapter.detach()
+
+    def limit_to(self, region: Region | None) -> None:
+        """Let the network act in a part of the picture and on the words of that part only; None: everywhere."""
+        for adapter in self.adapters:
+            adapter.limit_to(region)
 
     # Training -------------------------------------------------------------------------------------------------------
 

@@ -35,6 +35,11 @@ def train_textual_inversion(*argv: object) -> int:
     return _status(script.main, argv)
 
 
+def run_tool(main: Callable[[list[str]], None], *argv: object) -> int:
+    """Run the main function of a tool with a command line; returns the exit status."""
+    return _status(main, argv)
+
+
 def _status(main: Callable[[list[str]], None], argv: tuple[object, ...]) -> int:
     try:
         main([str(item) for item in argv])

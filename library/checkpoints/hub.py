@@ -27,9 +27,14 @@ def resolve_model(name: str, option: str = "--pretrained_model_name_or_path") ->
     path = Path(name).expanduser()
     if path.exists():
         return path.resolve()
-    if not _HUB_ID.match(name) or ".." in name:
+    if not is_hub_id(name):
         raise UserError("no such file or folder", near_names(path), where=f"{option} {name}")
     return from_hub(name, option, near=near_names(path))
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a repository of the hub, `owner/name`."""
+    return _HUB_ID.match(name) is not None and ".." not in name
 
 
 def near_names(path: Path) -> str:
@@ -149,6 +154,51 @@ def _download(name: str, choose: Callable[[Iterable[str]], list[str]]) -> Path:
     return folder
 
 
+def fetch_files(
+    name: str, filenames: Iterable[str], folder: Path, *, option: str, hint: str, again: bool = False
+) -> None:
+    """Download single files of a hub repository into `folder`, below which they keep their names.
+
+    Args:
+        name: of the repository, `owner/name`.
+        filenames: inside the repository.
+        folder: is made when it is missing.
+        option: that named the repository, for messages.
+        hint: what the user can do where there is no network.
+        again: download files that are there already, too.
+
+    Raises:
+        UserError: a file is not there or cannot be had.
+    """
+    where = f"{option} {name}"
+    if not is_hub_id(name):
+        raise UserError("is no name of a hub repository", "It has the form owner/name.", where=where)
+    try:
+        from huggingface_hub import HfApi, hf_hub_download
+    except ImportError as error:
+        raise UserError("huggingface_hub, which downloads models, is not installed", hint, where=where) from error
+    try:
+        # Without a network this request fails at once; the downloads would try again and again.
+        revision = HfApi().model_info(name, timeout=_TIMEOUT).sha
+        fetch = partial(hf_hub_download, revision=revision, local_dir=folder, etag_timeout=_TIMEOUT)
+        for filename in filenames:
+            fetch(name, filename, force_download=again)
+    except _network_errors() as error:
+        raise UserError(f"cannot be downloaded: {_hub_reason(error)}", hint, where=where) from error
+
+
+def _hub_reason(error: BaseException) -> str:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "the hub has no repository of that name (or it is private)"
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return "a file is not in the repository"
+    if isinstance(error, errors.OfflineModeIsEnabled) or isinstance(error.__cause__, errors.OfflineModeIsEnabled):
+        return "offline mode is on"
+    return "the hub cannot be reached"
+
+
 def _unreachable(error: BaseException, where: str, near: str) -> UserError:
     from huggingface_hub import errors
 
@@ -158,5 +208,6 @@ def _unreachable(error: BaseException, where: str, near: str) -> UserError:
     offline = isinstance(error, errors.OfflineModeIsEnabled)
     reason = "offline mode is on" if offline else "the hub cannot be reached"
     command = f"huggingface-cli download {where.split(' ')[-1]}"
-    hint = f"{near} Download it where there is a network ({command}), or give a local file or folder"
+    near = near if near.endswith(("?", ".")) or not near else f"{near}."
+    hint = f"{near} Download it where there is a network ({command}), or give a local file or folder".strip()
     return UserError(f"{what}, which is not in the local cache, and {reason}", hint, where=where)

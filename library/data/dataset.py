@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from library.contracts import FamilySpec, Placement, Tokenizer
+from library.contracts import FamilySpec
 from library.data.augment import View, mask_of, normalise
-from library.data.buckets import UnusableSize
 from library.data.cache_names import CacheRules, LatentNeed, mirror_root
-from library.data.dataset_config import load_dataset_specs
 from library.data.dataset_spec import DatasetSpec
-from library.data.foreign import open_foreign
 from library.data.latent_store import LatentMemory, LatentPlan, LatentSource, plan_latents
 from library.data.mapped_file import MappedFile
-from library.data.options import CacheOptions, DatasetOptions, SubsetOptions
+from library.data.options import CacheOptions
 from library.data.plan import EpochPlan, EpochPlanner
 from library.data.records import RecordTable
-from library.data.scan import ScanContext, ScanResult, scan_datasets
-from library.data.serving import BatchDataset, Catalogue, Placements, Reading, TextSource
-from library.data.spec_checks import cache_problems, mask_problems, varying_captions, warn_of_unused_caches
-from library.data.summary import count_images, describe, fingerprint, summarise
-from library.errors import Problem, raise_problems
+from library.data.serving import BatchDataset, Catalogue, Placements, TextSource
+from library.data.spec_checks import varying_captions
+from library.data.summary import count_images, fingerprint, summarise
+from library.errors import Problem
 
 _log = logging.getLogger(__name__)
 

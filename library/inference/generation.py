@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import logging
+import sys
+from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.errors import UserError
+from library.errors import Problem, UserError
 from library.inference import loading
-from library.inference.diffusion import Watch
-from library.inference.generation_networks import (
-    NetworkBank,
-    check_networks,
-    load_embeddings,
-    network_sources,
-    prepare_networks,
-)
+from library.inference.generation_networks import check_networks, load_embeddings, network_sources, prepare_networks
+from library.inference.making import make_maker, make_renderer
 from library.inference.outputs import PictureFolder
-from library.inference.prompt_text import PromptEncoder
-from library.inference.render import DiffusionRenderer, RenderSettings
-from library.inference.studio import Picture, Stages, Studio
+from library.inference.picture_inputs import InputPictures
+from library.inference.prompt_run import PromptPlan, PromptRun
+from library.inference.prompt_sources import InteractiveSource, ListSource, ModuleSource, file_source, line_source
+from library.inference.prompts import PromptRequest
+from library.inference.studio import Picture, Studio
+from library.models.vae_slices import compute_in_slices
 
 if TYPE_CHECKING:
-    from library.inference.extensions import PictureInputs
+    from library.inference.generation_networks import NetworkBank
     from library.inference.option_set import GenerationOptions
-    from library.inference.prompts import PromptRequest
-    from library.models.sd import StableDiffusion
+    from library.inference.options import PromptSourceOptions
+    from library.inference.prompt_sources import PromptSource
+    from library.inference.render import DiffusionRenderer
 
 logger = logging.getLogger(__name__)
 
@@ -42,31 +41,117 @@ def generate(opts: GenerationOptions) -> None:
     spec = loading.recognise(path, opts.model)
     sources = network_sources(opts.networks)
     check_networks(sources, spec, show_metadata=opts.networks.network_show_meta)
+    attached = len(sources) > opts.networks.merged_count
+    inputs = InputPictures(opts, with_networks=attached)
+    prompts = _known_prompts(opts, inputs)
+    folder = PictureFolder(opts.files, {"Model": path.stem, "Clip skip": opts.text.clip_skip})
+
     device, dtype = loading.choose_device(), loading.precision(opts.speed)
     family = loading.load_family(opts, path, spec, device)
+    if opts.speed.vae_slices:
+        compute_in_slices(family.vae.model, opts.speed.vae_slices)
     load_embeddings(family, opts.networks.textual_inversion_embeddings)
     bank = prepare_networks(family, sources, dtype, pre_calculate=opts.networks.network_pre_calc)
-    renderer = DiffusionRenderer(
-        family,
-        RenderSettings(
-            batch_size=opts.speed.batch_size,
-            vae_batch=opts.speed.vae_batch,
-            zero_terminal_snr=opts.model.zero_terminal_snr,
-            zero_steps_offset=opts.sampling.force_scheduler_zero_steps_offset,
-        ),
-        autocast=loading.autocast(device, dtype),
-        extensions=(),
-        encoder=PromptEncoder(family),
+    renderer = make_renderer(opts, family, device, dtype)
+    studio = Studio(make_maker(opts.highres, renderer), bank, folder, batch_size=opts.speed.batch_size)
+    if prompts is None:
+        prompts = _asked_prompts(opts, renderer, bank)
+    run = PromptRun(prompts, _plan(opts.source), defaults(opts), on_problem=_report)
+    logger.info("seed of the run: %d", run.seed)
+    if opts.source.interactive:
+        # Who types a prompt wants to see its pictures before the next one, whatever the batch size.
+        for number, group in enumerate(run.groups()):
+            studio.draw(_pictures(studio, inputs, number, group))
+    else:
+        studio.draw(
+            picture for number, group in enumerate(run.groups()) for picture in _pictures(studio, inputs, number, group)
+        )
+    _conclude(folder, studio, run)
+
+
+def defaults(opts: GenerationOptions) -> PromptRequest:
+    """Return what prompts leave open."""
+    width, height = opts.sampling.size_wh
+    return PromptRequest(
+        prompt="",
+        width=width,
+        height=height,
+        steps=opts.sampling.steps,
+        scale=opts.sampling.scale,
+        negative_scale=opts.sampling.negative_scale,
+        sampler=opts.sampling.sampler,
+        strength=opts.images.strength,
     )
 
-    def make(requests: Sequence[PromptRequest], inputs: Sequence[PictureInputs], watch: Watch) -> Stages:
-        return [("", renderer.render(requests, inputs, watch=watch))]
 
-    folder = PictureFolder(opts.files, {"Model": path.stem, "Clip skip": opts.text.clip_skip})
-    studio = Studio(make, bank, folder, batch_size=opts.speed.batch_size)
-    from library.inference.prompt_options import GENERATION
-    from library.inference.prompts import PromptRequest, parse_prompt_line
-    defaults = PromptRequest(prompt="", steps=opts.sampling.steps, sampler=opts.sampling.sampler)
-    request = parse_prompt_line(opts.source.prompt or "", where="--prompt", defaults=defaults, place=GENERATION)
-    studio.draw([Picture(request)])
-    logger.info("%d pictures in %s", len(folder.written), folder.path)
+def _plan(options: PromptSourceOptions) -> PromptPlan:
+    return PromptPlan(
+        seed=options.seed,
+        n_iter=options.n_iter,
+        images_per_prompt=options.images_per_prompt,
+        iter_same_seed=options.iter_same_seed,
+        shuffle_prompts=options.shuffle_prompts,
+    )
+
+
+def _known_prompts(opts: GenerationOptions, inputs: InputPictures) -> PromptSource | None:
+    """Return prompts that can be read before the model is loaded; None: they are asked for later."""
+    source = opts.source
+    if source.from_file:
+        return file_source(source.from_file)
+    if source.prompt is not None:
+        return line_source(source.prompt)
+    if source.interactive or source.from_module:
+        return None
+    return ListSource(inputs.own_prompts(), dynamic=False)
+
+
+def _asked_prompts(opts: GenerationOptions, renderer: DiffusionRenderer, bank: NetworkBank) -> PromptSource:
+    if opts.source.from_module:
+        return ModuleSource(opts.source.from_module, Namespace(**opts.values()), renderer, bank.networks)
+    return InteractiveSource(_ask)
+
+
+def _ask() -> str:
+    """Read a prompt from standard input; Ctrl-C while nothing is drawn means the same as its end."""
+    if sys.stdin.isatty():
+        sys.stderr.write("\nprompt (Ctrl-D ends): ")
+        sys.stderr.flush()
+    try:
+        line = sys.stdin.readline()
+    except KeyboardInterrupt:
+        raise EOFError from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"is not text in {sys.stdin.encoding}", "Type or pipe UTF-8.", where="standard input"
+        ) from error
+    if not line:
+        raise EOFError
+    return line
+
+
+def _report(problem: Problem) -> None:
+    logger.error("prompt left out: %s", problem)
+
+
+def _pictures(studio: Studio, inputs: InputPictures, number: int, group: Sequence[PromptRequest]) -> Sequence[Picture]:
+    """Return the pictures of a prompt; those whose own pictures cannot be read are reported and left out."""
+    try:
+        return inputs.pictures(number, group)
+    except UserError as error:
+        for problem in error.problems:
+            _report(problem)
+        studio.failed += len(group)
+        return ()
+
+
+def _conclude(folder: PictureFolder, studio: Studio, run: PromptRun) -> None:
+    made = len(folder.written)
+    logger.info("%d picture%s in %s", made, "" if made == 1 else "s", folder.path)
+    failures = []
+    if studio.failed:
+        failures.append(f"{studio.failed} of {made + studio.failed} pictures could not be made")
+    if run.problems:
+        failures.append(f"{len(run.problems)} mistake{'' if len(run.problems) == 1 else 's'} in prompts")
+    if failures:
+        raise UserError(f"{' and '.join(failures)}; see the messages above")

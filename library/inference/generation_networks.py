@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
-from library.inference.extensions import Extension, StepHooks
 from library.models.network_files import KohyaFile, load_network_weights, merge_networks
 from library.models.network_module import MODULES, calling, import_network_module
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import torch
 
     from library.contracts import FamilySpec
-    from library.inference.extensions import BatchContext, PictureInputs
     from library.inference.options import NetworkUseOptions
     from library.inference.prompts import PromptRequest
     from library.models.family import ModelFamily
@@ -121,11 +120,13 @@ class _Attached:
                 what = f"its network has no set_multiplier, so its strength is 1 and not {strength:g}"
                 raise UserError(what, where=f"--network_module {self.source.module}")
             if hasattr(network, "set_enabled"):
-                network.set_enabled(strength != 0)
+                # A network of another kind that was attached to the same layers later keeps this one in its place.
+                with suppress(RuntimeError):
+                    network.set_enabled(strength != 0)
         self.strength = strength
 
 
-class NetworkBank(Extension):
+class NetworkBank:
     """The attached networks of a model; pictures that want other strengths (`--am`) are made in other batches."""
 
     def __init__(self, attached: Sequence[_Attached]) -> None:
@@ -153,18 +154,8 @@ class NetworkBank(Extension):
             )
         return tuple(wanted[min(index, len(wanted) - 1)] for index in range(len(self._attached)))
 
-    def batch_key(self, request: PromptRequest, inputs: PictureInputs) -> tuple[float, ...]:
-        """Pictures share a batch when all networks have the same strengths."""
-        return self.strengths(request)
-
-    @contextmanager
-    def begin(self, batch: BatchContext) -> Iterator[StepHooks]:
-        """Set the strengths; they stay until a batch wants others."""
-        self.set_strengths(self.strengths(batch.requests[0]))
-        yield StepHooks()
-
     def set_strengths(self, wanted: tuple[float, ...]) -> None:
-        """Give every network its strength."""
+        """Give every network its strength, which it keeps until it is given another."""
         if wanted == self._current:
             return
         calculated = [item for item in self._attached if item.calculated]
@@ -236,7 +227,7 @@ def _attach(family: ModelFamily, source: NetworkSource, dtype: torch.dtype, *, p
 
 
 def _create(family: ModelFamily, source: NetworkSource) -> tuple[Any, Any]:
-    module = import_network_module(source.module)
+    module = importlib.import_module(source.module)  # which has been looked at before
     with (
         calling(source.module, "create_network_from_weights"),
         KohyaFile(source.path, family.spec.name, _OPTION, foreign=source.foreign) as readable,
@@ -275,6 +266,6 @@ def load_embeddings(family: ModelFamily, paths: Sequence[str]) -> None:
         where = f"--textual_inversion_embeddings {path}"
         embedding = read_embedding(path)
         word = Path(path).stem
-        for rows in add_words(family, {word: embedding.rows_for(widths, where)}, where=where):
+        for rows in add_words(family, {word: embedding.rows_for(widths, where)}, where=where, may_hide=True):
             rows.requires_grad_(False)
         logger.info("%s: the word %s stands for %d vectors", path, word, embedding.count)

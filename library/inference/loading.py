@@ -87,9 +87,13 @@ def _refuse_others(info: CheckpointInfo, options: CheckpointOptions) -> None:
         }
         hint = hints.get(info.family, "Give a Stable Diffusion 1.x or 2.x model.")
         raise UserError(f"looks like {info.label}", hint, where=where)
-    contradicted = "v1" if options.v1 and info.family == "sd2" else "v2" if options.v2 and info.family == "sd1" else None
+    contradicted = (
+        "v1" if options.v1 and info.family == "sd2" else "v2" if options.v2 and info.family == "sd1" else None
+    )
     if contradicted:
-        raise UserError(f"looks like {info.label}, not what --{contradicted} says", f"Remove --{contradicted}.", where=where)
+        raise UserError(
+            f"looks like {info.label}, not what --{contradicted} says", f"Remove --{contradicted}.", where=where
+        )
     missing = [part for part in info.missing if not (part == "VAE" and options.vae)]
     if missing:
         hint = "Give one with --vae." if missing == ["VAE"] else "Give a complete checkpoint."
@@ -118,9 +122,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Callable[[], AbstractC
     return nullcontext if dtype == torch.float32 else partial(torch.autocast, device.type, dtype=dtype)
 
 
-def load_family(
-    opts: GenerationOptions, path: Path, spec: FamilySpec, device: torch.device
-) -> StableDiffusion:
+def load_family(opts: GenerationOptions, path: Path, spec: FamilySpec, device: torch.device) -> StableDiffusion:
     """Load the model.
 
     Args:

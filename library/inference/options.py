@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from library.option_groups import OptionGroup, opt
 from library.option_values import BadValue
 
 SDXL_REASON = "SDXL models come with a later release"
+_SIDE = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class CheckpointOptions(OptionGroup, title="model"):
     def check(self) -> Iterator[Problem]:
         """A model is needed, and SDXL is not there yet."""
         if self.sdxl:
-            yield Problem("--sdxl", SDXL_REASON, "Give a Stable Diffusion 1.x or 2.x model.")
+            yield Problem("--sdxl", SDXL_REASON, "gen_img.py draws with Stable Diffusion 1.x and 2.x models.")
         elif not self.ckpt:
             yield Problem("--ckpt", "is required", "Give a model file, a Diffusers folder or a hub id.")
 
@@ -118,7 +118,7 @@ class PromptSourceOptions(OptionGroup, title="prompts"):
         "It is run with all your rights.",
     )
     prompter_module_args: tuple[str, ...] = opt(
-        (), matters_when={"from_module": ()}, help="Arguments of --from_module, as name=value."
+        (), matters_when={"from_module": ()}, help="Arguments for --from_module, which reads them itself."
     )
     interactive: bool = opt(
         False,
@@ -145,9 +145,6 @@ class PromptSourceOptions(OptionGroup, title="prompts"):
         """Refuse missing files before the model is loaded."""
         for option, name in (("--from_file", self.from_file), ("--from_module", self.from_module)):
             yield from _missing_file(option, name)
-        for item in self.prompter_module_args:
-            if not item.partition("=")[1]:
-                yield Problem("--prompter_module_args", f"{item!r} is not name=value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +195,11 @@ class SamplingOptions(OptionGroup, title="sampling"):
     force_scheduler_zero_steps_offset: bool = opt(
         False, help="Let the steps of ddim and pndm begin one timestep earlier (steps_offset 0)."
     )
+
+    @property
+    def size_wh(self) -> tuple[int, int]:
+        """Width and height of pictures that ask for no other."""
+        return self.W or _SIDE, self.H or _SIDE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,8 +332,3 @@ def _missing_file(option: str, name: str | None) -> Iterator[Problem]:
     if name is not None and not Path(name).is_file():
         what = "is a folder" if Path(name).is_dir() else "no such file"
         yield Problem(f"{option} {name}", what, "Check the path.")
-
-
-def is_finite_positive(value: float) -> bool:
-    """Tell whether a number is above 0 and finite."""
-    return math.isfinite(value) and value > 0

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.errors import Problem
+from library.errors import Problem, UserError
+from library.inference.guides import preparation
 from library.option_groups import OptionGroup, opt
 
-_CANNY = re.compile(r"canny_(\d{1,3})_(\d{1,3})")
 _LARGE = {"highres_fix_scale": ()}
 _SDXL = "SDXL only"
 
@@ -34,8 +33,9 @@ class ImageInputOptions(OptionGroup, title="pictures to start from"):
         None,
         at_least=0,
         at_most=1,
-        matters_when={"image_path": ()},
-        help="How much of --image_path is painted anew, from 0 to 1. Default: 0.8.",
+        matters_when={"image_path": (), "highres_fix_scale": ()},
+        help="How much of --image_path, or of the first picture of a highres fix, is painted anew: 0 to 1. "
+        "Default: 0.8.",
     )
     clip_vision_strength: float | None = opt(None, help=f"Refused: {_SDXL}.")
 
@@ -65,8 +65,8 @@ class HighresOptions(OptionGroup, title="highres fix"):
         None,
         at_least=0,
         at_most=1,
-        matters_when=_LARGE,
-        help="How much the second pass paints anew. Default: --strength, or 0.8.",
+        needs={"image_path": ()},
+        help="How much the first pass paints anew of --image_path. Default: --strength.",
     )
     highres_fix_save_1st: bool = opt(False, matters_when=_LARGE, help="Save the first picture too.")
     highres_fix_latents_upscaling: bool = opt(
@@ -113,7 +113,7 @@ class DeepShrinkOptions(OptionGroup, title="deep shrink"):
 class GradualLatentOptions(OptionGroup, title="gradual latent"):
     """Latents that begin small and grow while they are denoised."""
 
-    gradual_latent_timesteps: int | None = opt(
+    gradual_latent_timesteps: float | None = opt(
         None, at_least=0, at_most=1000, help="Latents grow from this timestep on. Switches gradual latent on."
     )
     gradual_latent_ratio: float = opt(
@@ -179,10 +179,10 @@ class ControlOptions(OptionGroup, title="ControlNet"):
             if count and given > count:
                 yield Problem(f"--{name}", f"{given} values for {count} of --control_net_models")
         for prep in self.control_net_preps:
-            found = _CANNY.fullmatch(prep)
-            if prep != "none" and (found is None or max(map(int, found.groups())) > 255):
-                hint = "Write canny_LOW_HIGH with numbers from 0 to 255, such as canny_63_191, or none."
-                yield Problem("--control_net_preps", f"{prep!r} is not known", hint)
+            try:
+                preparation(prep)
+            except UserError as error:
+                yield from error.problems
         for name in (*self.guide_image_path, *self.control_net_models):
             option = "--guide_image_path" if name in self.guide_image_path else "--control_net_models"
             if not Path(name).exists() and (option == "--guide_image_path" or name.count("/") != 1):

@@ -29,12 +29,12 @@ PICTURE_CHUNKS = 3
 NORMALIZE_MODES = ("original", "abs", "none")
 
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
-_REGIONS = " AND "
+_REGIONS = re.compile(r"(?<=\s)AND(?=\s)")
 
 
 def split_parts(text: str) -> list[str]:
     """Return the parts of a prompt between ` AND `, which stand for regions; parts may be empty."""
-    return [part.strip() for part in f" {text} ".split(_REGIONS)]
+    return [part.strip() for part in _REGIONS.split(text)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class PromptEncoder:
         parts = [part for part in tokenizer.weighted_parts(text, self._separator) if part[0]] or [([], [])]
         needed = [max(1, -(-len(ids) // BODY)) for ids, _ in parts]
         limit = self._max_chunks
-        if sum(needed) > limit:
+        if sum(needed) > limit and tokenizer is self._tokenizers[0]:
             self._warn_cut(text, [len(ids) for ids, _ in parts])
         rows: list[Any] = [tokenizer.lay_out(*part) for part in parts]
         if len(rows) > 1:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -36,10 +36,16 @@ class Picture:
     origin: Path | None = None
 
 
-Stages = Sequence[tuple[str, Sequence["Image"]]]
-"""What is to be saved of a batch: the mark of a stage for the file names, and the pictures of the batch in order."""
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Finished pictures of a batch, in order: the mark of their stage in file names, and what they were made from."""
 
-Make = Callable[[Sequence["PromptRequest"], Sequence[PictureInputs], Watch], Stages]
+    mark: str
+    requests: Sequence[PromptRequest]
+    images: Sequence[Image]
+
+
+Make = Callable[[Sequence["PromptRequest"], Sequence[PictureInputs], Watch], Sequence[Stage]]
 
 
 class Studio:
@@ -93,7 +99,7 @@ class Studio:
                 made = len(self._folder.written)
                 raise self._stop.stop(f"interrupted; {made} pictures are in {self._folder.path}")
 
-    def _attempt(self, batch: Sequence[Picture]) -> Stages | None:
+    def _attempt(self, batch: Sequence[Picture]) -> Sequence[Stage] | None:
         """Return what was made, or None when it failed; the failure of a single picture is reported."""
         requests = [picture.request for picture in batch]
         try:
@@ -110,10 +116,10 @@ class Studio:
             _free_memory()
             return None
 
-    def _save(self, batch: Sequence[Picture], stages: Stages) -> None:
-        for stage, images in stages:
-            for picture, image in zip(batch, images, strict=True):
-                path = self._folder.write(image, picture.request, stage=stage, origin=picture.origin)
+    def _save(self, batch: Sequence[Picture], stages: Sequence[Stage]) -> None:
+        for stage in stages:
+            for picture, request, image in zip(batch, stage.requests, stage.images, strict=True):
+                path = self._folder.write(image, request, stage=stage.mark, origin=picture.origin)
                 logger.info("%s", path)
 
     def _report(self, request: PromptRequest, error: Exception) -> None:
@@ -124,7 +130,7 @@ class Studio:
         logger.error("%s: no picture: %s", place, what.partition("\n")[0])
 
 
-def _show(bar: tqdm[object], done: int, total: int) -> None:
+def _show(bar: Any, done: int, total: int) -> None:
     bar.total = total
     bar.update(done - bar.n)
 

@@ -19,7 +19,7 @@ from library.errors import UserError
 from library.models.sd import StableDiffusion
 from library.training.caching import fill_latents
 from library.training.opening import open_training_data
-from library.training.processes import Processes
+from library.training.processes import Processes, ProcessOptions
 from library.training.text_caching import cache_texts
 
 if TYPE_CHECKING:
@@ -54,11 +54,38 @@ def run_cache_tool(opts: CachingOptions, spec: FamilySpec, work: Work, *, unused
         return
     # Pictures kept apart for validation are few, and training encodes them.
     data.validation = None
+    fill(opts, spec, data, work, unused=unused)
+
+
+def fill(
+    opts: ProcessOptions | CachingOptions,
+    spec: FamilySpec,
+    data: TrainingData,
+    work: Work,
+    *,
+    unused: tuple[str, ...],
+    then: Callable[[JobReport], None] | None = None,
+) -> None:
+    """Load the model, do `work` in all processes, and report.
+
+    Args:
+        opts: model, number formats and processes.
+        spec: of the model family.
+        data: to be cached.
+        work: `cache_latent_files` or `cache_text_files`.
+        unused: parts of the model that `work` does not need.
+        then: what the first process does with the result before it is told.
+
+    Raises:
+        UserError: something is wrong with the model, or nothing at all could be done.
+    """
     with Processes(opts) as run:
         plan = run.weight_plan((), unused=unused)
         family = StableDiffusion.load(opts.model, opts.text, opts.memory, spec=spec, weights=plan)
         report = work(run, family, data)
         report.failed = [*bad_files(data), *report.failed]
+        if then is not None and run.is_main:
+            then(report)
         if run.is_main:
             report.close()
         elif not report.done and not report.skipped and report.failed:

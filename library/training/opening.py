@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from library.data.bad_files import TOLERATED_SHARE
-from library.data.dataset import open_data
+from library.data.opening import open_data
 from library.data.scan import ScanContext
 from library.models.tokenizer import tokenizers_for
 from library.training.run_length import report_data

@@ -18,7 +18,7 @@ from library.training.step import Autocast
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from library.models.options import ModelOptions, TextOptions
+    from library.models.options import MemoryOptions, ModelOptions, TextOptions
     from library.training.options import DistributedOptions, PrecisionOptions
 
 logger = logging.getLogger(__name__)
@@ -31,10 +31,11 @@ _DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class ProcessOptions:
-    """The groups of options that decide how processes work together."""
+    """The groups of options that decide how a model is loaded and how processes work together."""
 
     model: ModelOptions
     text: TextOptions
+    memory: MemoryOptions
     precision: PrecisionOptions
     distributed: DistributedOptions
 

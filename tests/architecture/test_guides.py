@@ -11,7 +11,7 @@ from library.data.options import DatasetOptions, SubsetOptions
 from library.inference.prompts import PROMPT_OPTIONS, load_prompts
 from library.option_groups import options_of
 from library.option_parser import read
-from library.options_doc import option_sets, tool_option_sets
+from library.options_doc import option_sets, picture_option_sets, tool_option_sets
 from library.quickstart_options import QuickstartOptions
 from train_db import Options
 
@@ -23,9 +23,10 @@ GUIDES = [
     DOCS / "train_db.md",
     DOCS / "train_network.md",
     DOCS / "lora_tools.md",
+    DOCS / "gen_img.md",
     ROOT / "CONTRIBUTING.md",
 ]
-SCRIPTS = option_sets()
+SCRIPTS = option_sets() | picture_option_sets()
 TOOLS = tool_option_sets()
 FROM_ACCELERATE = {"num_cpu_threads_per_process", "multi_gpu", "num_processes"}
 FROM_ELSEWHERE = {"help", "logdir"}

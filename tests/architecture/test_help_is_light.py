@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from library.options_doc import SCRIPTS, tool_modules, tool_option_sets
+from library.options_doc import PICTURE_SCRIPTS, SCRIPTS, tool_modules, tool_option_sets
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("networks", "tools")
-MODULES = [*SCRIPTS, *tool_modules()]
+MODULES = [*SCRIPTS, *PICTURE_SCRIPTS, *tool_modules()]
 # The standard library and our own light modules; everything else is third party.
-ALLOWED = set(sys.stdlib_module_names) | {"library", *PACKAGES, *SCRIPTS, "sitecustomize", "usercustomize"}
+ALLOWED = set(sys.stdlib_module_names) | {"library", *PACKAGES, *SCRIPTS, *PICTURE_SCRIPTS, "sitecustomize", "usercustomize"}
 # Packages install these through .pth files before any of our code runs.
 HOOKS = ("_distutils_hack", "distutils-precedence", "__editable__", "a1_coverage", "coverage", "_virtualenv")
 

@@ -17,8 +17,8 @@ import torch
 
 from library.checkpoints.tensor_files import open_tensors, write_safetensors
 from library.contracts import Position, RunLength
-from library.data.dataset import open_data
 from library.data.loader import PlannedBatches, validation_batches
+from library.data.opening import open_data
 from library.data.options import CacheOptions, DatasetOptions, LoaderOptions, SubsetOptions
 from library.errors import StopTraining, UserError
 from library.inference.prompts import PromptRequest

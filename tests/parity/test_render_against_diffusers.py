@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from toy_pipelines import Family, agree, ours, pipeline_for, published, told
 
 from library.inference.prompts import PromptRequest
 from library.inference.samplers import make_scheduler
+from tests.parity.toy_pipelines import Family, agree, ours, pipeline_for, published, told
 
 pytestmark = pytest.mark.compat
 

@@ -18,7 +18,6 @@ from library.training.methods.base import PlainMethod
 from library.training.model_saves import model_metadata
 
 if TYPE_CHECKING:
-
     from library.contracts import Batch, Condition
     from library.draws import Draws
     from library.models.family import ModelFamily

@@ -127,7 +127,8 @@ class InversionPlan:
                 left = f"the first {count} of them begin" if count > 1 else "the first of them begins"
                 logger.warning("%s: has %d tokens, of which only %s a vector", where, len(ids), left)
             elif len(ids) < count:
-                logger.warning("%s: has %d tokens for %d vectors, so they are repeated", where, len(ids), count)
+                what = "1 token" if len(ids) == 1 else f"{len(ids)} tokens"
+                logger.warning("%s: has %s for %d vectors, so several begin alike", where, what, count)
 
 
 def _start(weights: str | None, count: int) -> Embedding | None:

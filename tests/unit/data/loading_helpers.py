@@ -7,8 +7,9 @@ from PIL import Image
 
 from library.contracts import FamilySpec, TokenizerSpec
 from library.data.buckets import BucketChooser
-from library.data.dataset import TrainingData, place_all
+from library.data.dataset import TrainingData
 from library.data.dataset_spec import DatasetSpec, SubsetSpec
+from library.data.opening import place_all
 from library.data.options import CacheOptions
 from library.data.records import Columns, RecordTable, TextColumn
 from library.data.serving import Catalogue

@@ -8,8 +8,8 @@ from loading_helpers import FAMILY, FakeTokenizer, fill, picture
 from PIL import Image
 
 from library.contracts import BatchKey, Position, RunLength, SampleKey, StepKey
-from library.data.dataset import open_data
 from library.data.loader import PlannedBatches, validation_batches
+from library.data.opening import open_data
 from library.data.options import CacheOptions, DatasetOptions, LoaderOptions, SubsetOptions
 from library.data.report import write_report
 from library.data.scan import ScanContext

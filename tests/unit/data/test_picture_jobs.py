@@ -92,9 +92,7 @@ def test_everything_is_done_in_order_and_bad_pictures_are_named(tmp_path, worker
         return [str(width) for width in widths]
 
     done = {}
-    report = run_pictures(
-        find_pictures(tmp_path, recursive=False), job(done, work=work), batch_size=2, workers=workers
-    )
+    report = run_pictures(find_pictures(tmp_path, recursive=False), job(done, work=work), batch_size=2, workers=workers)
     assert {path.name: text for path, text in done.items()} == {
         "0.png": "8",
         "1.png": "9",

@@ -45,6 +45,13 @@ class ToyFamily:
         ids = token_ids[0]
         return Condition(hidden=torch.cumsum(self.text_encoder(ids), dim=2).flatten(1, 2))
 
+    def encode_latents(self, pixels, noise):
+        small = nn.functional.avg_pool2d(pixels, 8)
+        return torch.cat([small, small.mean(1, keepdim=True)], 1) + 0.1 * noise
+
+    def scale_latents(self, latents):
+        return latents * 0.9
+
     def denoise(self, noisy, t, condition, control=None):
         self.seen.append((noisy, t, condition))
         return self.denoiser(noisy, t, condition.hidden)

@@ -11,7 +11,7 @@ import torch
 
 from library.checkpoints import hashes
 from library.contracts import ParamGroup
-from library.data.dataset import open_data
+from library.data.opening import open_data
 from library.data.scan import ScanContext
 from library.models.specs import stable_diffusion_spec
 from library.models.tokenizer import tokenizers_for

@@ -1,0 +1,148 @@
+"""What pictures are made from beside their prompts: files of the command line, taken in turn by successive prompts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.data.jobs import find_pictures
+from library.errors import UserError
+from library.inference.extensions import PictureInputs
+from library.inference.guides import guide_sets
+from library.inference.image_to_image import DEFAULT_STRENGTH, read_picture, size_from
+from library.inference.png_info import read_prompt
+from library.inference.prompt_files import PromptEntry
+from library.inference.studio import Picture
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from library.inference.option_set import GenerationOptions
+    from library.inference.prompts import PromptRequest
+
+logger = logging.getLogger(__name__)
+
+_GREY_SPREAD = 12
+"""Channels of a grey pixel differ by no more than this, lossy compression included."""
+
+
+class InputPictures:
+    """The pictures that `--image_path`, `--mask_path` and `--guide_image_path` name.
+
+    Args:
+        opts: of the script.
+        with_networks: whether networks are attached, whose regions a coloured mask may say.
+
+    Raises:
+        UserError: a folder holds no picture, or guides cannot be shared out.
+    """
+
+    def __init__(self, opts: GenerationOptions, *, with_networks: bool) -> None:
+        self._sizes = opts.sampling
+        self._images = listed(opts.images.image_path)
+        self._masks = listed(opts.images.mask_path)
+        guides = opts.control.guide_image_path or tuple(filter(None, [opts.images.image_path]))
+        nets = len(opts.control.control_net_models)
+        self._guides = guide_sets([listed(path) for path in guides], nets) if nets else []
+        if nets and not self._guides:
+            logger.warning("--control_net_models has no effect on prompts without --cn: there is no --guide_image_path")
+        self._nets = nets
+        self._regional = with_networks and bool(self._masks) and self._holds_regions()
+
+    def _holds_regions(self) -> bool:
+        """Tell a mask of regions from one that says what is to be painted: by its colours, where both are possible."""
+        if not self._images:
+            return True
+        coloured = is_coloured(opened(self._masks[0]))
+        meaning = "regions of networks" if coloured else "what is painted anew"
+        logger.info("--mask_path is %s, so it means %s", "coloured" if coloured else "grey", meaning)
+        return coloured
+
+    @property
+    def regional(self) -> bool:
+        """Whether the mask says where networks and parts of the prompt hold."""
+        return self._regional
+
+    def pictures(self, number: int, requests: Sequence[PromptRequest]) -> list[Picture]:
+        """Return what is to be made for the pictures of one prompt.
+
+        Args:
+            number: how many prompts came before: pictures are taken in turn.
+            requests: the pictures of the prompt.
+
+        Raises:
+            UserError: a picture cannot be read or is too small.
+        """
+        origin = _in_turn(self._images, number)
+        image = None if origin is None else opened(origin)
+        mask_path = _in_turn(self._masks, number)
+        mask = None if mask_path is None else opened(mask_path)
+        inputs = PictureInputs(
+            image=image,
+            mask=None if self._regional or image is None or mask is None else mask.convert("L"),
+            regions=mask if self._regional else None,
+            guides=tuple(opened(path) for path in self._guide_paths(number, requests[0])),
+        )
+        sized = [self._sized(request, image, str(origin)) for request in requests]
+        return [Picture(request, inputs, origin) for request in sized]
+
+    def _guide_paths(self, number: int, request: PromptRequest) -> tuple[Path, ...]:
+        if not self._nets:
+            return ()
+        if request.controlnet_image:
+            return (Path(request.controlnet_image),) * self._nets
+        return self._guides[number % len(self._guides)] if self._guides else ()
+
+    def _sized(self, request: PromptRequest, image: Image | None, where: str) -> PromptRequest:
+        """Give a picture that is made from another the other's size, unless a size was asked for, and a strength."""
+        if image is None:
+            return request
+        request = replace(request, strength=DEFAULT_STRENGTH if request.strength is None else request.strength)
+        if (self._sizes.W and self._sizes.H) or (request.width, request.height) != self._sizes.size_wh:
+            return request
+        width, height = size_from(image, where)
+        return replace(request, width=width, height=height)
+
+    def own_prompts(self) -> list[PromptEntry]:
+        """Return the prompts that the pictures of `--image_path` were made from.
+
+        Raises:
+            UserError: one of them does not tell its prompt, which would shift all that follow.
+        """
+        entries = []
+        for path in self._images:
+            found = read_prompt(path)
+            if found is None:
+                what = "says nothing about a prompt"
+                raise UserError(what, "Give a prompt with --prompt or --from_file.", where=f"--image_path {path}")
+            entries.append(PromptEntry(str(path), {"prompt": found[0], "negative_prompt": found[1]}))
+        return entries
+
+
+def listed(path: str | None) -> list[Path]:
+    """Return the picture, or the pictures in the folder, that a path means; None means nothing."""
+    if path is None:
+        return []
+    return find_pictures(Path(path), recursive=False) if Path(path).is_dir() else [Path(path)]
+
+
+def _in_turn(paths: Sequence[Path], number: int) -> Path | None:
+    return paths[number % len(paths)] if paths else None
+
+
+@lru_cache(maxsize=8)
+def opened(path: Path) -> Image:
+    """Read a picture as RGB, upright; the last ones are kept, since several prompts may start from one."""
+    return read_picture(path)
+
+
+def is_coloured(image: Image) -> bool:
+    """Tell whether a picture holds anything but shades of grey."""
+    import numpy as np
+
+    levels = np.asarray(image.convert("RGB")).astype(int)
+    return bool((levels.max(axis=2) - levels.min(axis=2) > _GREY_SPREAD).any())

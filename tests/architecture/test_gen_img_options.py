@@ -1,0 +1,125 @@
+"""The options of gen_img.py are those that users' command lines were written for; each has an effect or says why not."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+import gen_img
+import sdxl_gen_img
+from library.cli import run_script
+from library.option_parser import parse
+from library.option_values import type_name
+from library.retired import ELSEWHERE, NO_EFFECT_IN, SPELLINGS
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = json.loads((ROOT / "tests" / "golden" / "gen_img_options.json").read_text(encoding="utf-8"))
+OPTIONS = gen_img.Options.options()
+START = ["--ckpt=m.safetensors", "--prompt=a cat"]
+# Asks for what always happens.
+HONOURED = {"sdpa", "no_preview"}
+
+
+def test_same_options_as_golden():
+    assert set(OPTIONS) == set(GOLDEN) == set(sdxl_gen_img.Options.options())
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN))
+def test_type_default_and_choices(name):
+    option, golden = OPTIONS[name], GOLDEN[name]
+    default = list(option.default) if isinstance(option.default, tuple) else option.default
+    assert (type_name(option.annotation), default) == (golden["type"], golden["default"])
+    assert set(option.choices or []) == set(golden.get("choices", []))
+
+
+def test_every_option_is_explained_and_names_known_others():
+    for option in OPTIONS.values():
+        assert option.notes["help"].endswith("."), option.flag
+        for note in ("needs", "matters_when", "excludes", "implies", "means"):
+            assert set(option.notes.get(note, {})) <= set(OPTIONS), f"{option.flag}: {note}"
+
+
+def test_tables_of_names_know_the_script():
+    assert {name for name, owner in ELSEWHERE.items() if "gen_img.py)" in owner} <= set(OPTIONS)
+    assert {name for name, scripts in NO_EFFECT_IN.items() if "gen_img" in scripts} <= set(OPTIONS)
+    assert SPELLINGS["control_net_weights"] in OPTIONS
+
+
+def refused():
+    """Names of options that the declarations themselves refuse."""
+    return {name for name, option in OPTIONS.items() if "Refused:" in option.notes["help"]}
+
+
+def test_every_option_is_read_somewhere_or_refused_with_a_reason():
+    words = set()
+    declarations = {"options.py", "options_pictures.py", "option_set.py"}
+    for path in (ROOT / "library" / "inference").glob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        if path.name in declarations:
+            properties = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.decorator_list]
+            nodes = [inner for node in properties for inner in ast.walk(node)]
+        words |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    idle = {name for name in OPTIONS if name not in words} - HONOURED - refused()
+    assert {name for name in idle if "gen_img" not in NO_EFFECT_IN.get(name, {})} == set()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--sdxl"],
+        ["--clip_vision_strength=1"],
+        ["--original_height=512"],
+        ["--crop_top=0"],
+        ["--control_net_lllite_models", "m.safetensors"],
+    ],
+)
+def test_what_only_sdxl_has_is_refused_with_a_reason(words, capsys):
+    assert run_script(gen_img.Options, lambda opts: pytest.fail("it was to be refused"), [*START, *words]) == 2
+    error = capsys.readouterr().err
+    assert words[0].partition("=")[0] in error
+    assert "come with a later release" in error
+
+
+def test_the_script_for_sdxl_says_that_it_is_not_there_yet(capsys):
+    assert run_script(sdxl_gen_img.Options, lambda opts: pytest.fail("it was to be refused"), START) == 2
+    assert capsys.readouterr().err == (
+        "error: --sdxl: SDXL models come with a later release. "
+        "gen_img.py draws with Stable Diffusion 1.x and 2.x models.\n"
+    )
+
+
+def test_old_names_and_options_of_older_scripts(tmp_path):
+    for name in ("net", "guide.png", "m.safetensors"):
+        (tmp_path / name).touch()
+    words = ["--control_net_models", str(tmp_path / "net"), "--guide_image_path", str(tmp_path / "guide.png")]
+    assert parse(gen_img.Options, [*START, *words, "--control_net_weights", "0.5"]).control.control_net_multipliers == (
+        0.5,
+    )
+    assert "XTI" in ELSEWHERE["XTI_embeddings"]
+    assert "VGG16" in ELSEWHERE["vgg16_guidance_scale"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ckpt=m"], "there is no prompt"),
+        (["--prompt=a cat"], "--ckpt: is required"),
+        ([*START, "--from_file=none.txt"], "--from_file: cannot be combined with --prompt"),
+        ([*START, "--network_mul", "0.5"], "--network_mul: 1 values for 0 of --network_weights"),
+        ([*START, "--network_weights", "none.safetensors"], "--network_weights none.safetensors: no such file"),
+        ([*START, "--network_merge"], "--network_merge: needs --network_weights"),
+        ([*START, "--mask_path=."], "--mask_path: is a mask of --image_path, or of the regions"),
+        ([*START, "--image_path=none.png"], "--image_path none.png: no such file or folder"),
+        ([*START, "--W=63"], "--W: must be between 64 and 8192 pixels"),
+        ([*START, "--sampler=euler_b"], "did you mean 'euler"),
+        ([*START, "--fp16", "--bf16"], "--fp16: cannot be combined with --bf16"),
+        ([*START, "--v1", "--v2"], "--v1: cannot be combined with --v2"),
+        ([*START, "--pyramid_noise_prob=0.5"], "--pyramid_noise_discount_range: needs two numbers"),
+        ([*START, "--XTI_embeddings", "x"], "which gen_img.py does without"),
+        ([*START, "--from=x"], "options may not be abbreviated. Write --from_file or --from_module"),
+    ],
+)
+def test_mistakes_are_told_in_one_line_each(words, message, capsys):
+    assert run_script(gen_img.Options, lambda opts: pytest.fail("it was to be refused"), words) == 2
+    assert message in capsys.readouterr().err

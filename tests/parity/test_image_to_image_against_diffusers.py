@@ -1,0 +1,140 @@
+"""Pictures made from pictures equal those of diffusers' img2img and inpainting pipelines on the same modules."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from library.inference.extensions import PictureInputs
+from library.inference.image_to_image import ImageToImage
+from library.inference.inpainting import Inpainting
+from library.inference.prompts import PromptRequest
+from library.inference.samplers import make_scheduler
+from tests.parity.toy_pipelines import Family, agree, ours, pipeline_for, published, told
+
+pytestmark = pytest.mark.compat
+
+SIZE = (64, 96)
+
+
+@pytest.fixture(scope="module")
+def families():
+    return {
+        "epsilon": Family(),
+        "v_prediction": Family("v_prediction"),
+        "sees mask": Family(channels=9),
+    }
+
+
+def picture(seed, size=SIZE):
+    levels = np.random.default_rng(seed).uniform(0, 255, (6, 4, 3)).astype(np.uint8)
+    return Image.fromarray(levels).resize(size, Image.Resampling.BICUBIC)
+
+
+def mask():
+    """White in an area whose border is nowhere on the grid of the latents."""
+    levels = np.zeros((SIZE[1], SIZE[0]), np.uint8)
+    levels[21:70, 13:50] = 255
+    return Image.fromarray(levels)
+
+
+def requests_for(sampler, **more):
+    more = {"steps": 6, "width": SIZE[0], "height": SIZE[1], "sampler": sampler, "strength": 0.6, **more}
+    return [
+        PromptRequest(prompt="a fox in the snow", negative_prompt="blurry", seed=11, **more),
+        PromptRequest(prompt="a duck", seed=2**33 + 1, **{**more, "scale": 3.0}),
+    ]
+
+
+def theirs(family, requests, inputs, scheduler=None):
+    masked = inputs[0].mask is not None
+    kind = "StableDiffusionInpaintPipeline" if masked else "StableDiffusionImg2ImgPipeline"
+    sampler = requests[0].sampler
+    pictures = []
+    for request, given in zip(requests, inputs, strict=True):
+        pipeline = pipeline_for(kind, family, scheduler or published(sampler, family.spec.prediction_type))
+        more = {"image": given.image, "strength": request.strength}
+        if masked:
+            more |= {"mask_image": given.mask, "width": request.width, "height": request.height}
+        made = pipeline(**told(family, request), **more).images[0]
+        pictures.append(np.asarray(made).astype(int))
+    return pictures
+
+
+def started(family, requests, **more):
+    inputs = [PictureInputs(image=picture(place)) for place in range(len(requests))]
+    return ours(family, requests, inputs, [ImageToImage(), Inpainting()], **more), inputs
+
+
+def painted(family, requests, **more):
+    inputs = [PictureInputs(image=picture(place), mask=mask()) for place in range(len(requests))]
+    return ours(family, requests, inputs, [ImageToImage(), Inpainting(paste=False)], **more), inputs
+
+
+SAMPLERS = ["ddim", "euler", "euler_a", "dpmsolver++", "pndm", "heun", "lms", "dpm_2_a", "dpmsingle"]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_image_to_image(families, sampler):
+    family, requests = families["epsilon"], requests_for(sampler)
+    mine, inputs = started(family, requests, batch_size=2, vae_batch=2)
+    agree(mine, theirs(family, requests, inputs))
+
+
+@pytest.mark.parametrize("strength", [0.2, 0.55, 1.0])
+def test_image_to_image_at_every_strength(families, strength):
+    family, requests = families["epsilon"], requests_for("euler_a", strength=strength)[:1]
+    mine, inputs = started(family, requests)
+    agree(mine, theirs(family, requests, inputs))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
+def test_image_to_image_with_velocity_and_rescaled_schedule(families, sampler):
+    family, requests = families["v_prediction"], requests_for(sampler)[:1]
+    mine, inputs = started(family, requests, zero_terminal_snr=True)
+    scheduler = make_scheduler(sampler, "v_prediction", zero_terminal_snr=True)
+    agree(mine, theirs(family, requests, inputs, scheduler))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "euler_a", "dpmsolver++", "heun", "dpm_2_a"])
+def test_inpainting(families, sampler):
+    family, requests = families["epsilon"], requests_for(sampler)
+    mine, inputs = painted(family, requests, batch_size=2)
+    agree(mine, theirs(family, requests, inputs))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sees mask"])
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_inpainting_with_both_kinds_of_model(families, kind, strength):
+    family, requests = families[kind], requests_for("euler_a", strength=strength)
+    mine, inputs = painted(family, requests, batch_size=2)
+    agree(mine, theirs(family, requests, inputs))
+
+
+def test_a_picture_of_another_size_is_brought_to_that_of_the_request(families):
+    """The pipeline for inpainting does it by the same filter."""
+    family, requests = families["epsilon"], requests_for("ddim")[:1]
+    inputs = [PictureInputs(image=picture(3, (100, 130)), mask=mask())]
+    mine = ours(family, requests, inputs, [Inpainting(paste=False)])
+    agree(mine, theirs(family, requests, inputs))
+
+
+def test_the_picture_matters_and_the_strength_too(families):
+    family, (request, _) = families["epsilon"], requests_for("ddim")
+    given = PictureInputs(image=picture(0))
+    extensions = [ImageToImage(), Inpainting()]
+    base, other, stronger = ours(
+        family,
+        [request, request, replace(request, strength=0.9)],
+        [given, PictureInputs(image=picture(1)), given],
+        extensions,
+        batch_size=3,
+    )
+    assert abs(base - other).max() > 1
+    assert abs(base - stronger).max() > 1
+    (untouched,) = ours(family, [request], None, extensions)
+    (plain,) = ours(family, [request])
+    assert (untouched == plain).all()
+    assert torch.is_grad_enabled()
