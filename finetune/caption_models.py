@@ -26,6 +26,12 @@ _log = logging.getLogger(__name__)
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 _BERT = "bert-base-uncased"
+_SHARED = {
+    "text_decoder.cls.predictions.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
+    "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias",
+}
+"""Weights that BLIP has twice; files may hold one of them, and not every transformers knows."""
+
 _LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
 
 
@@ -106,7 +112,7 @@ def load_blip(file: Path, tokenizer: str | None, *, device: torch.device, dtype:
     vocabulary = bert_vocabulary(tokenizer, file.parent)
     tensors = read_original(file)
     structure: dict[str, Any] = structure_of(tensors, file)
-    words = _bert_tokenizer(vocabulary)
+    words = bert_tokenizer(vocabulary)
     count = structure["text_config"]["vocab_size"]
     if len(words) != count:
         what = f"has {len(words)} words with [DEC] and [ENC], and {file.name} wants {count}"
@@ -151,8 +157,15 @@ def bert_vocabulary(named: str | None, beside: Path) -> Path:
     return folder / "vocab.txt"
 
 
-def _bert_tokenizer(vocabulary: Path) -> Any:
-    """Return BERT's tokenizer with the two words that BLIP adds, the same in every version of transformers."""
+def bert_tokenizer(vocabulary: Path) -> Any:
+    """Return BERT's tokenizer with the two words that BLIP adds, the same in every version of transformers.
+
+    Args:
+        vocabulary: file with one word in each line.
+
+    Raises:
+        UserError: it is no vocabulary of BERT.
+    """
     from tokenizers import BertWordPieceTokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -190,22 +203,28 @@ def _load_model(folder: Path, device: torch.device, dtype: torch.dtype | None) -
     model, report = model_class.from_pretrained(
         folder, config=config, use_safetensors=True, local_files_only=True, output_loading_info=True, **named
     )
-    _check_report(report, str(folder))
-    return model
+    return _complete(model, report, str(folder))
 
 
 def _from_tensors(model_class: Any, config: Any, tensors: Mapping[str, Any], where: str) -> Any:
     """Return a model with the given weights, all of which must be there."""
     model, report = model_class.from_pretrained(None, config=config, state_dict=dict(tensors), output_loading_info=True)
-    _check_report(report, where)
-    return model
+    return _complete(model, report, where)
 
 
-def _check_report(report: Mapping[str, Any], where: str) -> None:
-    missing = sorted(name for name in report["missing_keys"] if not name.endswith("position_ids"))
+def _complete(model: Any, report: Mapping[str, Any], where: str) -> Any:
+    """Return the model when no weights are missing other than those that it shares."""
+    lacking = set(report["missing_keys"])
+    for name, shared in _SHARED.items():
+        if name in lacking and shared not in lacking:
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, model.get_parameter(shared))
+            lacking.discard(name)
+    missing = sorted(name for name in lacking if not name.endswith("position_ids"))
     if missing or report.get("mismatched_keys"):
         first = missing[0] if missing else str(sorted(report["mismatched_keys"])[0])
         raise UserError(f"weights are missing or of another size: {first}", "Fetch the model again", where=where)
+    return model
 
 
 def _dtype_name() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,9 @@ class Captioner:
         if self.prompt:
             texts = {"text": [self._asked()] * len(pictures), "padding": True}
         made = self._model.processor(images=list(pictures), return_tensors="pt", **texts)
-        return {name: value for name, value in made.items() if hasattr(value, "to")}
+        known = signature(self._model.model.forward).parameters
+        unwanted = {"token_type_ids"} - set(known)  # tokenizers give them unasked
+        return {name: value for name, value in made.items() if hasattr(value, "to") and name not in unwanted}
 
     def work(self, paths: Sequence[Path], inputs: dict[str, torch.Tensor]) -> list[str]:
         """Return the text of each picture, in one line."""
@@ -157,20 +160,28 @@ def _without(text: str, beginning: str) -> str:
 
 
 def caption_pictures(
-    options: PictureOptions, captioner: Captioner, *, title: str, mend: Callable[[str], str] = str
+    options: PictureOptions, build: Callable[[], Captioner], *, title: str, mend: Callable[[str], str] = str
 ) -> JobReport:
     """Write a text beside every picture.
 
     Args:
         options: which pictures, and how they are loaded.
-        captioner: makes the texts.
+        build: loads the model; not called when there is nothing to do.
         title: of the progress bar.
         mend: what is done with each text before it is written.
 
     Raises:
-        UserError: there are no pictures, or not one could be used.
+        UserError: there are no pictures, the model cannot be used, or not one picture can.
         StopTraining: a signal arrived, or a text could not be saved.
     """
+    paths, skip = options.pictures(), options.done()
+    if skip is not None and all(map(skip, paths)):
+        report = JobReport(title, skipped=len(paths))
+        report.close()
+        return report
+    for folder in {path.parent for path in paths}:
+        files.clean_litter(folder)
+    captioner = build()
 
     def finish(path: Path, text: str) -> None:
         text = mend(text)
@@ -180,6 +191,6 @@ def caption_pictures(
 
     job = PictureJob(title, captioner.prepare, captioner.work, finish, captioner.gather)
     workers = options.max_data_loader_n_workers
-    report = run_pictures(options.pictures(), job, batch_size=options.batch_size, workers=workers, skip=options.done())
+    report = run_pictures(paths, job, batch_size=options.batch_size, workers=workers, skip=skip)
     report.close()
     return report

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 
 from finetune.clean_rules import Rules
@@ -20,11 +20,11 @@ class Cleaner:
         self.counts: dict[str, Counter[str]] = {"caption": Counter(), "tags": Counter()}
         kept = rules.tags.keep_underscores or ()
         # Longer ones first, so that none hides inside another.
-        words = [re.escape(word) for word in sorted(kept, key=len, reverse=True)]
-        self._underscore = re.compile("|".join([*words, "_"]))
+        self._kept = sorted(kept, key=len, reverse=True)
         # The same tags occur again and again.
         self._groups_of = cache(self._match_groups)
         self._is_general = cache(self._match_general)
+        self._endings = cache(_endings)
 
     def clean_caption(self, text: str) -> str:
         """Return a caption after all replacements, each repeated until it changes nothing more."""
@@ -44,7 +44,7 @@ class Cleaner:
         """Return tags, separated by comma and space, without what the rules remove."""
         rules, count = self._rules.tags, self.counts["tags"]
         if rules.keep_underscores is not None and "_" in text:
-            spaced = self._underscore.sub(lambda found: " " if found[0] == "_" else found[0], text)
+            spaced = _spaced(text, self._kept)
             count["underscores -> spaces"] += spaced != text
             text = spaced
         for mark in rules.cut_at:
@@ -64,21 +64,34 @@ class Cleaner:
 
     def _without_ambiguous(self, tags: list[str]) -> list[str]:
         """Remove every group of which two or more tags are left when its turn comes."""
-        groups = {number for tag in tags for number in self._groups_of(tag)}
-        for number in sorted(groups):
-            members = [tag for tag in tags if number in self._groups_of(tag)]
+        left = [(tag, groups) for tag in tags if (groups := self._groups_of(tag))]
+        removed: set[str] = set()
+        for number in sorted({number for _tag, groups in left for number in groups}):
+            members = [tag for tag, groups in left if number in groups]
             if len(members) > 1:
-                tags = [tag for tag in tags if number not in self._groups_of(tag)]
+                removed.update(members)
+                left = [pair for pair in left if number not in pair[1]]
                 self.counts["tags"][f"removed, whose is it: {self._rules.tags.ambiguous[number].name}"] += 1
-        return tags
+        return [tag for tag in tags if tag not in removed] if removed else tags
 
     def _without_general(self, tags: list[str]) -> list[str]:
         """Remove general tags that are the last words of a longer one."""
-        if not self._rules.tags.general:
+        endings = set().union(*map(self._endings, tags)).intersection(tags)
+        removed = {tag for tag in endings if self._is_general(tag)}
+        if not removed:
             return tags
-        endings = {tag[at + 1 :] for tag in tags for at, letter in enumerate(tag) if letter == " "}
-        kept = [tag for tag in tags if tag not in endings or not self._is_general(tag)]
-        if len(kept) < len(tags):
-            for tag in {*tags} - {*kept}:
-                self.counts["tags"][f"removed beside a longer tag: {tag}"] += 1
-        return kept
+        for tag in removed:
+            self.counts["tags"][f"removed beside a longer tag: {tag}"] += 1
+        return [tag for tag in tags if tag not in removed]
+
+
+def _spaced(text: str, kept: Sequence[str]) -> str:
+    """Return text with spaces for underscores, except inside of the words that are kept."""
+    if not kept:
+        return text.replace("_", " ")
+    return kept[0].join(_spaced(part, kept[1:]) for part in text.split(kept[0]))
+
+
+def _endings(tag: str) -> tuple[str, ...]:
+    """Return the last words of a tag: the last one, the last two and so on, without the whole tag."""
+    return tuple(tag[at + 1 :] for at, letter in enumerate(tag) if letter == " ")

@@ -122,10 +122,12 @@ def make_captions(options: Options) -> None:
         top_p=wanted.top_p,
         seed=wanted.seed,
     )
-    options.pictures.pictures()  # before the model is loaded
     root = Path(options.pictures.train_data_dir)
-    captioner = Captioner(_model(options), decoding, prompt=options.model.prompt, root=root)
-    caption_pictures(options.pictures, captioner, title="captioning")
+    caption_pictures(
+        options.pictures,
+        lambda: Captioner(_model(options), decoding, prompt=options.model.prompt, root=root),
+        title="captioning",
+    )
 
 
 def _model(options: Options) -> CaptionModel:

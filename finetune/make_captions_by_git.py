@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -16,6 +17,9 @@ if __package__ in (None, ""):
 from finetune.picture_tools import DeviceOptions, PictureOptions  # noqa: E402
 from library import cli  # noqa: E402
 from library.option_groups import OptionGroup, OptionSet, opt  # noqa: E402
+
+if TYPE_CHECKING:
+    from finetune.caption_models import CaptionModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,23 +52,26 @@ def make_captions(options: Options) -> None:
         UserError: the model or the pictures cannot be used.
         StopTraining: a signal arrived, or a caption could not be saved.
     """
-    from finetune.caption_models import load_folder
     from finetune.captioning import Captioner, Decoding, caption_pictures
     from finetune.remove_words import without_words
 
-    named = options.git
-    options.pictures.pictures()  # before the model is loaded
-    model = load_folder(
-        named.local_model or named.model_id,
-        "--local_model" if named.local_model else "--model_id",
-        device=options.device.device_here(),
-        dtype=options.device.dtype(),
-        hub=named.local_model is None,
-    )
+    decoding = Decoding(method="greedy", max_length=options.git.max_length)
     root = Path(options.pictures.train_data_dir)
-    captioner = Captioner(model, Decoding(method="greedy", max_length=named.max_length), prompt=None, root=root)
-    mend = without_words if named.remove_words else str
-    caption_pictures(options.pictures, captioner, title="captioning", mend=mend)
+    caption_pictures(
+        options.pictures,
+        lambda: Captioner(_model(options), decoding, prompt=None, root=root),
+        title="captioning",
+        mend=without_words if options.git.remove_words else str,
+    )
+
+
+def _model(options: Options) -> CaptionModel:
+    from finetune.caption_models import load_folder
+
+    device, dtype = options.device.device_here(), options.device.dtype()
+    if options.git.local_model is not None:
+        return load_folder(options.git.local_model, "--local_model", device=device, dtype=dtype, hub=False)
+    return load_folder(options.git.model_id, "--model_id", device=device, dtype=dtype)
 
 
 def main(argv: list[str] | None = None) -> None:

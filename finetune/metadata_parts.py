@@ -10,17 +10,23 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from finetune.picture_tools import PictureOptions
 from library.errors import Problem, UserError
 from library.option_groups import OptionGroup, OptionSet, opt
 from networks.tool_parts import check_output
 
+if TYPE_CHECKING:
+    from library.data.folder_listing import FolderFiles
+
 _log = logging.getLogger(__name__)
 
 _EXAMPLES = 3
+_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +92,6 @@ class MergeSet(
     merge: MergeOptions
 
 
-def image_key(picture: Path, options: MergeSet) -> str:
-    """Return the name of an image's entry."""
-    if options.merge.full_path:
-        return str(picture)
-    if options.merge.relative_path:
-        return picture.relative_to(options.pictures.train_data_dir).as_posix()
-    return picture.stem
-
-
 def run_merge(options: MergeSet) -> None:
     """Read the text file of every image into the metadata file.
 
@@ -139,31 +136,51 @@ class _Texts:
     def __iter__(self) -> Iterator[tuple[str, str]]:
         from tqdm import tqdm
 
+        from library.data.folder_listing import FolderFiles
+        from networks.tool_parts import show
+
+        with tqdm(total=len(self._pictures), desc=f"merging {self._options.field}", unit="image", leave=False) as bar:
+            # Pictures come folder by folder.
+            for folder, names in groupby(map(os.path.split, self._pictures), key=itemgetter(0)):
+                with FolderFiles(folder or ".") as reader:
+                    for _, name in names:
+                        bar.update()
+                        text = self._text(reader, folder, name)
+                        if text is None:
+                            continue
+                        key = self._key(folder, name)
+                        if self._options.pictures.debug:
+                            show([f"{key!a}: {text!a}"])
+                        yield key, text
+
+    def _text(self, reader: FolderFiles, folder: str, name: str) -> str | None:
+        """Return the text of a picture; None when there is none, which is remembered."""
         from library.data.bad_files import BadFile
         from library.data.caption_files import BadCaption, decode_caption
         from library.data.captions import clean_caption
-        from networks.tool_parts import show
 
-        suffix, encoding = self._options.pictures.suffix, self._options.merge.caption_encoding
-        # The bar is drawn a few times a second only, but counting costs time with each image.
-        for picture in tqdm(self._pictures, desc=f"merging {self._options.field}", unit="image", leave=False):
-            path = f"{os.path.splitext(picture)[0]}{suffix}"  # noqa: PTH122 - a hundred thousand images
-            try:
-                text = clean_caption(decode_caption(_content(path), encoding))[0].strip()
-            except FileNotFoundError:
-                self._missing.append(path)
-                continue
-            except BadCaption as error:
-                self._bad.append(BadFile(path, error.reason, error.hint))
-                continue
-            except OSError as error:
-                self._bad.append(BadFile(path, error.strerror or str(error)))
-                continue
+        file = name[: name.rfind(".")] + self._options.pictures.suffix
+        path = os.path.join(folder, file)  # noqa: PTH118 - a hundred thousand images
+        try:
+            text = decode_caption(_content(reader.open(file)), self._options.merge.caption_encoding)
+        except FileNotFoundError:
+            self._missing.append(path)
+        except BadCaption as error:
+            self._bad.append(BadFile(path, error.reason, error.hint))
+        except OSError as error:
+            self._bad.append(BadFile(path, error.strerror or str(error)))
+        else:
             self.done += 1
-            key = image_key(picture, self._options)
-            if self._options.pictures.debug:
-                show([f"{key!a}: {text!a}"])
-            yield key, text
+            return clean_caption(text)[0].strip()
+        return None
+
+    def _key(self, folder: str, name: str) -> str:
+        """Return the name of an image's entry."""
+        if self._options.merge.full_path:
+            return os.path.join(folder, name)  # noqa: PTH118
+        if self._options.merge.relative_path:
+            return (Path(folder) / name).relative_to(self._options.pictures.train_data_dir).as_posix()
+        return name[: name.rfind(".")]
 
     def report(self) -> None:
         """Name what is missing and what cannot be read.
@@ -185,12 +202,17 @@ class _Texts:
             JobReport(f"merging {field}", self.done, 0, self._bad).close()
 
 
-def _content(path: str) -> bytes:
-    """Return the bytes of a text file, of which only the size is judged."""
+def _content(descriptor: int) -> bytes:
+    """Return the bytes of an open text file, and close it; of a file that is too large to be one, an error."""
     from library.data.caption_files import MAX_BYTES, BadCaption
 
-    with open(path, "rb") as file:  # noqa: PTH123 - a hundred thousand files
-        data = file.read(MAX_BYTES + 1)
+    try:
+        data = os.read(descriptor, _AT_ONCE)
+        if len(data) == _AT_ONCE:
+            while len(data) <= MAX_BYTES and (more := os.read(descriptor, MAX_BYTES)):
+                data += more
+    finally:
+        os.close(descriptor)
     if len(data) > MAX_BYTES:
         raise BadCaption(f"has more than {MAX_BYTES >> 20} MiB", "Is this a text file?")
     return data

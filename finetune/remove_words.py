@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-_READING = r"(?:\"[^\"]*\"|'[^']*'|\w[\w'-]*)"
+_READING = r"(?:\"[^\"]*\"|'(?:[^']|(?<=\w)'(?=\w))*'|\w[\w'-]*)"  # quoted, "I'm" included, or a word
 _LETTERS = r"(?:\w(?:\s+\w\b)+)"  # single ones in a row: "the letters a b c"
 _OWNER = r"(?:(?:the|a|an|his|her|its|their|him)\s+)?"
 _ON = rf"on\s+{_OWNER}\w+(?:\s+of\s+{_OWNER}\w+)?"
@@ -23,7 +23,7 @@ _PHRASES = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
         # "that says the word x on it", "which reads 'x y'"
-        rf"{_OPENING}(?:that|which)\s+(?:says?|reads?)\s*(?:the\s+{_KIND}\s+)?{_READING}{_PLACE}",
+        rf"{_OPENING}(?:that|which)\s+(?:says?|reads?)\b\s*(?:the\s+{_KIND}\s+)?{_READING}{_PLACE}",
         # "has the word x on the front", "with the letters a b on it", "and the name 'x y'"
         rf"{_OPENING}(?:has|have|with|and)\s+the\s+{_KIND}\s+(?:{_LETTERS}|{_READING}){_PLACE}",
         # "with the number 5 on his back"; without a place the number may be one of things
@@ -32,7 +32,7 @@ _PHRASES = tuple(
         rf"{_OPENING}(?:the\s+)?{_KIND}\s+{_READING}\s+on\s+it\b",
         # What the end of the caption cut off: "with the words", "that says 'x y"
         rf"{_OPENING}(?:has|have|with|and)\s+the\s+{_KIND}\s*(?:[\"'][^\"']*)?$",
-        rf"{_OPENING}(?:that|which)\s+(?:says?|reads?)\s*(?:the\s+{_KIND})?\s*(?:[\"'][^\"']*)?$",
+        rf"{_OPENING}(?:that|which)\s+(?:says?|reads?)\b\s*(?:the\s+{_KIND})?\s*(?:[\"'][^\"']*)?$",
     )
 )
 _LOOSE_END = re.compile(r"(?:[\s,]+(?:and|with|has|that|which))+\s*$", re.IGNORECASE)

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from library.randomness import derive
 from networks.targets import Target
 
-
 Region = Callable[[bool, Tensor], "Tensor | float"]
-"""Where a network acts: (whether the layer reads words, its output) -> share of the adapter's effect there, from 0 to 1.
+"""Where a network acts: (whether the layer reads words, its output) -> share of the adapter's effect, from 0 to 1.
 
 A tensor is broadcast over the output; layers that read words are those of text encoders and the keys and values of
 cross attention."""

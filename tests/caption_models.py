@@ -6,10 +6,11 @@ import json
 import random
 from pathlib import Path
 
-WORDS = (
-    "[PAD] [UNK] [CLS] [SEP] [MASK] a picture of the with word on it and dog cat duck bear robot car sitting standing "
-    "red green blue small large grass table man woman hat street snow ##s ##ing . ,"
-).split()
+_TEXT = """
+[PAD] [UNK] [CLS] [SEP] [MASK] a picture of the with word on it and dog cat duck bear robot car sitting standing red
+green blue small large grass table man woman hat street snow ##s ##ing . , describe this in one sentence user assistant
+"""
+WORDS = tuple(_TEXT.split())
 BLIP_SIZE, GIT_SIZE = 32, 32
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
@@ -107,4 +108,72 @@ def make_pictures(folder: Path, count: int = 5) -> Path:
         pixels = bytes(draw.randrange(256) for _ in range(3 * 6 * 4))
         picture = Image.frombytes("RGB", (6, 4), pixels).resize((60 + 10 * index, 50), Image.Resampling.BICUBIC)
         picture.save(folder / f"{index}.png")
+    return folder
+
+
+def _fast_tokenizer(**special):
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = BertWordPieceTokenizer(vocab={word: index for index, word in enumerate(WORDS)}, lowercase=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=pieces._tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        bos_token="[CLS]",
+        eos_token="[SEP]",
+        **special,
+    )
+
+
+def make_blip2(folder: Path) -> Path:
+    """Write a tiny BLIP-2 with OPT as transformers saves it: a model with a processor of its own, asked nothing."""
+    from transformers import AutoImageProcessor, Blip2Config, Blip2ForConditionalGeneration, Blip2Processor
+
+    _write_processor(
+        folder, "Blip", {"image_processor_type": "BlipImageProcessor", "size": {"height": 32, "width": 32}}
+    )
+    images = AutoImageProcessor.from_pretrained(folder)
+    words = _fast_tokenizer(additional_special_tokens=["<image>"])
+    common = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"model_type": "opt", "vocab_size": len(words), "ffn_dim": 64, "word_embed_proj_dim": 32}
+    text |= {"max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    config = Blip2Config(
+        vision_config={**common, "intermediate_size": 64, "image_size": 32, "patch_size": 16},
+        qformer_config={**common, "intermediate_size": 64, "encoder_hidden_size": 32, "vocab_size": len(words)},
+        text_config={**common, **text},
+        num_query_tokens=4,
+        image_token_index=len(WORDS),
+    )
+    _shake(Blip2ForConditionalGeneration(config), 3).save_pretrained(folder)
+    Blip2Processor(image_processor=images, tokenizer=words, num_query_tokens=4).save_pretrained(folder)
+    return folder
+
+
+def make_llava(folder: Path) -> Path:
+    """Write a tiny LLaVA as transformers saves it: a model that is talked to, through a template."""
+    from transformers import AutoImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    square = {"height": 32, "width": 32}
+    image = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}, "crop_size": square}
+    _write_processor(folder, "Llava", {**image, "do_center_crop": True})
+    images = AutoImageProcessor.from_pretrained(folder)
+    words = _fast_tokenizer(extra_special_tokens={"image_token": "<image>"})
+    common = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"model_type": "llama", "vocab_size": len(words), "num_key_value_heads": 2}
+    text |= {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    vision = {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 16, "projection_dim": 32}
+    config = LlavaConfig(
+        vision_config={**common, **vision}, text_config={**common, **text}, image_token_index=len(WORDS)
+    )
+    _shake(LlavaForConditionalGeneration(config), 4).save_pretrained(folder)
+    LlavaProcessor(
+        image_processor=images,
+        tokenizer=words,
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template="{% for m in messages %}user {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> "
+        "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %} assistant",
+    ).save_pretrained(folder)
     return folder

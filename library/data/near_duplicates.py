@@ -57,9 +57,7 @@ def near_groups(hashes: NDArray[np.uint64], thumbnails: NDArray[np.uint8], dista
         thumbnails: from `look_of`, uint8 [N, 192].
         distance: number of bits in which two hashes may differ, at most `MOST_DISTANCE`.
     """
-    nodes = list(_same_looks(hashes, thumbnails))
-    if not nodes:
-        return []
+    nodes = list(_same_looks(hashes, thumbnails)) if len(hashes) else []
     first = np.array([members[0] for members in nodes], np.int64)
     parents = np.arange(len(nodes))
     spread = np.zeros(len(nodes), np.int64)

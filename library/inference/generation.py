@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 from library.errors import Problem, UserError
 from library.inference import loading
 from library.inference.generation_networks import check_networks, load_embeddings, network_sources, prepare_networks
-from library.inference.making import make_maker, make_renderer
+from library.inference.making import gradual_latent, make_maker, make_renderer
 from library.inference.outputs import PictureFolder
 from library.inference.picture_inputs import InputPictures
 from library.inference.prompt_run import PromptPlan, PromptRun
 from library.inference.prompt_sources import InteractiveSource, ListSource, ModuleSource, file_source, line_source
 from library.inference.prompts import PromptRequest
 from library.inference.studio import Picture, Studio
-from library.models.vae_slices import compute_in_slices
 
 if TYPE_CHECKING:
     from library.inference.generation_networks import NetworkBank
@@ -37,6 +36,7 @@ def generate(opts: GenerationOptions) -> None:
         UserError: something is missing or does not fit; or, at the end, some pictures could not be made.
         StopTraining: Ctrl-C, or a picture could not be saved.
     """
+    gradual_latent(opts)  # what cannot be read is told before a model is loaded
     path = loading.find_checkpoint(opts.model.ckpt or "")
     spec = loading.recognise(path, opts.model)
     sources = network_sources(opts.networks)
@@ -48,11 +48,13 @@ def generate(opts: GenerationOptions) -> None:
 
     device, dtype = loading.choose_device(), loading.precision(opts.speed)
     family = loading.load_family(opts, path, spec, device)
-    if opts.speed.vae_slices:
-        compute_in_slices(family.vae.model, opts.speed.vae_slices)
+    family.vae.work_in(slices=opts.speed.vae_slices or 1, channels_last=opts.speed.opt_channels_last)
     load_embeddings(family, opts.networks.textual_inversion_embeddings)
-    bank = prepare_networks(family, sources, dtype, pre_calculate=opts.networks.network_pre_calc)
-    renderer = make_renderer(opts, family, device, dtype)
+    pre_calculate = opts.networks.network_pre_calc and not inputs.regional
+    if opts.networks.network_pre_calc and inputs.regional:
+        logger.warning("--network_pre_calc has no effect: networks with regions cannot be part of the weights")
+    bank = prepare_networks(family, sources, dtype, pre_calculate=pre_calculate)
+    renderer = make_renderer(opts, family, bank.networks, dtype)
     studio = Studio(make_maker(opts.highres, renderer), bank, folder, batch_size=opts.speed.batch_size)
     if prompts is None:
         prompts = _asked_prompts(opts, renderer, bank)

@@ -120,17 +120,16 @@ def noised(batch: BatchContext, latents: Tensor, noise: Tensor, index: int = 0) 
 
 
 def picture_latents(batch: BatchContext) -> Tensor:
-    """Return scaled latents [B,C,h,w] of the pictures to start from; those given as latents are taken as they are."""
+    """Return scaled latents [B,C,h,w] of the pictures to start from; those given as latents are taken as they are.
+
+    Pictures are encoded to a sample of the posterior with noise of their own generators.
+    """
     given = [inputs.latents for inputs in batch.inputs if inputs.latents is not None]
     if len(given) == len(batch.inputs):
         return torch.stack([latents.to(batch.device, torch.float32) for latents in given])
     size_wh = batch.requests[0].width, batch.requests[0].height
     images = [inputs.image for inputs in batch.inputs if inputs.image is not None]
-    return encode(batch, torch.stack([pixels_of(image, size_wh) for image in images]))
-
-
-def encode(batch: BatchContext, pixels: Tensor) -> Tensor:
-    """Return scaled samples [B,C,h,w] of the posteriors of pixels [B,3,H,W], with noise of each picture's generator."""
+    pixels = torch.stack([pixels_of(image, size_wh) for image in images])
     noise = initial_noise(batch.generators, batch.latent_shape, batch.device)
     groups = zip(pixels.split(batch.vae_batch), noise.split(batch.vae_batch), strict=True)
     latents = torch.cat([batch.family.encode_latents(*group) for group in groups])

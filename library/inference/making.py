@@ -10,10 +10,12 @@ from library.errors import UserError
 from library.inference import loading
 from library.inference.control import ControlNet, ControlNets, load_control_nets
 from library.inference.deep_shrink import DeepShrink, DeepShrinking
+from library.inference.gradual_latent import GradualLatent, GradualLatents, read_unsharp
 from library.inference.highres import HighresFix
 from library.inference.image_to_image import ImageToImage
 from library.inference.inpainting import Inpainting
 from library.inference.prompt_text import PromptEncoder
+from library.inference.regional import RegionalPrompts
 from library.inference.render import DiffusionRenderer, RenderSettings
 from library.inference.start_noise import NoiseExperiments
 from library.inference.studio import Stage
@@ -34,9 +36,15 @@ FIRST, SECOND = "0", "1"
 
 
 def make_renderer(
-    opts: GenerationOptions, family: StableDiffusion, device: torch.device, dtype: torch.dtype
+    opts: GenerationOptions, family: StableDiffusion, networks: Sequence[Any], dtype: torch.dtype
 ) -> DiffusionRenderer:
-    """Return the renderer with everything that may change its pictures; the model must know all its words by now.
+    """Return the renderer with everything that may change its pictures.
+
+    Args:
+        opts: of the script.
+        family: must know all its words by now.
+        networks: those that are attached to it.
+        dtype: number format to calculate in.
 
     Raises:
         UserError: a ControlNet cannot be loaded.
@@ -48,16 +56,20 @@ def make_renderer(
         zero_steps_offset=opts.sampling.force_scheduler_zero_steps_offset,
     )
     encoder = PromptEncoder(family, max_chunks=opts.text.chunks, normalize=opts.text.emb_normalize_mode, breaks=True)
-    extensions = tuple(_extensions(opts, family, _control_nets(opts, family, dtype)))
-    autocast = loading.autocast(device, dtype)
+    extensions = tuple(_extensions(opts, family, networks, _control_nets(opts, family, dtype)))
+    autocast = loading.autocast(family.weights.device, dtype)
     return DiffusionRenderer(family, settings, autocast=autocast, extensions=extensions, encoder=encoder)
 
 
-def _extensions(opts: GenerationOptions, family: StableDiffusion, nets: Sequence[ControlNet]) -> Iterator[Extension]:
+def _extensions(
+    opts: GenerationOptions, family: StableDiffusion, networks: Sequence[Any], nets: Sequence[ControlNet]
+) -> Iterator[Extension]:
     """Yield what changes pictures; those that a prompt alone may ask for are always there, and idle without it."""
     control = ControlNets(nets)
+    yield GradualLatents(gradual_latent(opts))
     yield ImageToImage()
     yield Inpainting()
+    yield RegionalPrompts(networks, colour_codes=opts.networks.network_regional_mask_max_color_codes)
     yield DeepShrinking(deep_shrink(opts), family.unet, copies=control.models)
     if nets:
         yield control
@@ -74,6 +86,23 @@ def deep_shrink(opts: GenerationOptions) -> DeepShrink:
         depth_2=options.ds_depth_2,
         timesteps_2=options.ds_timesteps_2,
         ratio=options.ds_ratio,
+    )
+
+
+def gradual_latent(opts: GenerationOptions) -> GradualLatent:
+    """Return what the command line says about gradual latent.
+
+    Raises:
+        UserError: the parameters of its sharpening cannot be read.
+    """
+    options = opts.gradual
+    return GradualLatent(
+        timesteps=options.gradual_latent_timesteps,
+        ratio=options.gradual_latent_ratio,
+        ratio_step=options.gradual_latent_ratio_step,
+        every_n_steps=options.gradual_latent_every_n_steps,
+        s_noise=options.gradual_latent_s_noise,
+        unsharp=read_unsharp(options.gradual_latent_unsharp_params, "--gradual_latent_unsharp_params"),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from library.errors import Problem
+from library.files import check_writable_folder
 from library.inference.options import (
     CheckpointOptions,
     NetworkUseOptions,
@@ -55,3 +56,7 @@ class GenerationOptions(OptionSet):
         if images.mask_path and not images.image_path and not self.networks.network_weights:
             what = "is a mask of --image_path, or of the regions of --network_weights, and there is neither"
             yield Problem("--mask_path", what)
+
+    def check_folders(self) -> Iterator[Problem]:
+        """Make the folder for pictures and see that it can be written to."""
+        return iter(check_writable_folder(self.files.outdir, f"--outdir {self.files.outdir}"))

@@ -159,11 +159,6 @@ class PictureFileOptions(OptionGroup, title="files"):
         False, needs={"image_path": ()}, help="Give a picture the name of the one of --image_path it was made from."
     )
 
-    def check(self) -> Iterator[Problem]:
-        """Refuse a folder that cannot be one."""
-        if Path(self.outdir).is_file():
-            yield Problem(f"--outdir {self.outdir}", "is a file, not a folder", "Give the name of a folder.")
-
 
 def side(value: Any) -> int:
     """Read a side of a picture: a whole number of pixels, rounded down to a multiple of 8.

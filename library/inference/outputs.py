@@ -39,7 +39,6 @@ class PictureFolder:
         self._options = options
         self._facts = dict(facts)
         self.path = Path(options.outdir)
-        self.path.mkdir(parents=True, exist_ok=True)
         files.clean_litter(self.path)
         self._next = 1 + self._highest() if options.sequential_file_name else 0
         self.written: list[Path] = []

@@ -18,6 +18,9 @@ from library.inference.samplers import SAMPLER_NAMES
 
 MAX_SIDE = 8192
 MAX_NUMBER = 1e6
+_LONGEST_NUMBER = 60
+"""Characters; patterns that look for numbers take long over long rows of digits."""
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _MAX_SEED = 2**64 - 1
 _MAX_SEEDS = 100_000
 _SIDE_STEP, _MIN_SIDE = 8, 64
@@ -113,7 +116,7 @@ def _side(value: Any) -> int:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, Written) and re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", value):
+    if isinstance(value, Written) and len(value) <= _LONGEST_NUMBER and _NUMBER.fullmatch(value):
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MAX_NUMBER:
         raise UnusableValue("a number")
@@ -178,7 +181,9 @@ def _file_name(value: Any) -> str:
 def _unsharp(value: Any) -> str:
     """Kernel size, sigma, strength and, if wanted, whether the target is sharpened."""
     text = "".join(_text(value).split())
-    if not re.fullmatch(r"none|[0-9]+(,[0-9]*\.?[0-9]+){2}(,[01])?", text, re.IGNORECASE):
+    if len(text) > _LONGEST_NUMBER or not re.fullmatch(
+        r"none|[0-9]+(,[0-9]*\.?[0-9]+){2}(,[01])?", text, re.IGNORECASE
+    ):
         raise UnusableValue("kernel size, sigma, strength and 1 or 0, such as 3,0.5,0.5,1")
     return text.lower()
 

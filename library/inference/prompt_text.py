@@ -28,7 +28,7 @@ PICTURE_CHUNKS = 3
 
 NORMALIZE_MODES = ("original", "abs", "none")
 
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_BREAK = re.compile(r"\bBREAK\b")
 _REGIONS = re.compile(r"(?<=\s)AND(?=\s)")
 
 

@@ -10,7 +10,6 @@ in the same region, and on the words of its part. Networks leave the negative pr
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -90,8 +89,8 @@ class RegionalPrompts(Extension):
         regions = Regions(torch.stack(masks, dim=1).to(batch.device))
         with ExitStack() as stack:
             for number, network in enumerate(self._networks):
-                network.limit_to(partial(regions.share, number))
                 stack.callback(network.limit_to, None)
+                network.limit_to(partial(regions.share, number))
             hooks = _InRegions(batch, parts, regions)
             for name, module in batch.family.denoiser.named_modules():
                 if name.endswith(".attn2"):

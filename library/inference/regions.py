@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -110,6 +111,7 @@ class Regions:
         return self._sized[hw]
 
 
+@lru_cache(maxsize=256)
 def grid(places: int, aspect: float) -> tuple[int, int]:
     """Return the (height, width) of `places` positions whose ratio comes closest to `aspect`.
 

@@ -1,4 +1,4 @@
-"""The options of gen_img.py are those that users' command lines were written for; each has an effect or says why not."""
+"""The options of gen_img.py: those that users' command lines were written for, each with an effect or a reason."""
 
 import ast
 import json
@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "gen_img_options.json").read_text(encoding="utf-8"))
 OPTIONS = gen_img.Options.options()
 START = ["--ckpt=m.safetensors", "--prompt=a cat"]
-# Asks for what always happens.
-HONOURED = {"sdpa", "no_preview"}
+# Two that ask for what always happens, and one that is only handed on.
+HONOURED = {"sdpa", "no_preview", "prompter_module_args"}
 
 
 def test_same_options_as_golden():

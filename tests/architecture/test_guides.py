@@ -8,6 +8,7 @@ import pytest
 
 from library.config_file import parse_toml
 from library.data.options import DatasetOptions, SubsetOptions
+from library.inference.prompt_options import GENERATION
 from library.inference.prompts import PROMPT_OPTIONS, load_prompts
 from library.option_groups import options_of
 from library.option_parser import read
@@ -22,6 +23,7 @@ GUIDES = [
     DOCS / "README.md",
     DOCS / "train_db.md",
     DOCS / "train_network.md",
+    DOCS / "train_textual_inversion.md",
     DOCS / "lora_tools.md",
     DOCS / "gen_img.md",
     ROOT / "CONTRIBUTING.md",
@@ -60,7 +62,7 @@ def test_command_lines_parse(script, line, tmp_path, monkeypatch):
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
 def test_options_that_are_named_exist(guide):
     named = set(re.findall(r"--([A-Za-z][\w]*)", guide.read_text(encoding="utf-8")))
-    prompt_options = {option.flag for option in PROMPT_OPTIONS}
+    prompt_options = {option.flag for option in (*PROMPT_OPTIONS, *GENERATION.options)}
     sets = [*SCRIPTS.values(), *TOOLS.values()]
     known = {name for options in sets for name in options.options()} | {
         option.flag[2:] for options in sets for option in options.options().values()
@@ -80,7 +82,10 @@ def test_dataset_files_use_real_keys():
         for level in ("general", "dataset", "subset")
     }
     shown = 0
-    texts = [(DOCS / name).read_text(encoding="utf-8") for name in ("train_db.md", "train_network.md")]
+    texts = [
+        (DOCS / name).read_text(encoding="utf-8")
+        for name in ("train_db.md", "train_network.md", "train_textual_inversion.md")
+    ]
     for block in (block for text in texts for block in blocks(text, "toml")):
         table = parse_toml(block, Path("guide"))
         for dataset in table.get("datasets", []):

@@ -14,7 +14,14 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("networks", "tools")
 MODULES = [*SCRIPTS, *PICTURE_SCRIPTS, *tool_modules()]
 # The standard library and our own light modules; everything else is third party.
-ALLOWED = set(sys.stdlib_module_names) | {"library", *PACKAGES, *SCRIPTS, *PICTURE_SCRIPTS, "sitecustomize", "usercustomize"}
+ALLOWED = set(sys.stdlib_module_names) | {
+    "library",
+    *PACKAGES,
+    *SCRIPTS,
+    *PICTURE_SCRIPTS,
+    "sitecustomize",
+    "usercustomize",
+}
 # Packages install these through .pth files before any of our code runs.
 HOOKS = ("_distutils_hack", "distutils-precedence", "__editable__", "a1_coverage", "coverage", "_virtualenv")
 

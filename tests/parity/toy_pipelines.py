@@ -14,7 +14,7 @@ WIDTH = 16
 class Family:
     """Tiny modules of diffusers and an embedding for a text encoder, behind the interface of a model family."""
 
-    def __init__(self, prediction_type="epsilon", *, channels=4):
+    def __init__(self, prediction_type="epsilon"):
         from diffusers import AutoencoderKL, UNet2DConditionModel
 
         torch.manual_seed(0)
@@ -22,7 +22,6 @@ class Family:
         self.tokenizers = (ClipTokenizer(self.spec.tokenizers[0]),)
         self.denoiser = UNet2DConditionModel(
             sample_size=8,
-            in_channels=channels,
             block_out_channels=(32, 32),
             layers_per_block=1,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),

@@ -139,7 +139,7 @@ def _start(weights: str | None, count: int) -> Embedding | None:
     embedding = read_embedding(weights)
     if embedding.count != count:
         hint = f"Give --num_vectors_per_token={embedding.count}."
-        raise UserError(f"holds {embedding.count} vectors, but {count} are trained", hint, where=where)
+        raise UserError(f"holds {embedding.count} vectors, not {count}", hint, where=where)
     return embedding
 
 

@@ -112,6 +112,8 @@ def test_skip_existing_goes_on_where_a_run_was_stopped(checkpoint, pictures, cap
     assert run("--caption_weights", checkpoint, "--skip_existing", "--max_length=12", pictures) == 0
     assert "4 pictures done, 1 skipped" in capsys.readouterr().err
     assert captions(pictures)["1.caption"] == "mine"
+    assert run("--caption_weights=not_even_loaded.pth", "--skip_existing", pictures) == 0
+    assert "0 pictures done, 5 skipped" in capsys.readouterr().err
     assert run("--caption_weights", checkpoint, "--max_length=12", pictures) == 0
     assert captions(pictures)["1.caption"] != "mine"
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from library.inference.image_to_image import ImageToImage, read_picture, size_fr
 from library.inference.inpainting import Inpainting, read_mask
 from library.inference.prompts import PromptRequest
 from library.inference.render import DiffusionRenderer, RenderSettings
-from library.inference.samplers import SAMPLER_NAMES, make_scheduler
+from library.inference.samplers import SAMPLER_NAMES, SAMPLERS, make_scheduler
 
 EXTENSIONS = (ImageToImage(), Inpainting())
 
@@ -44,6 +46,15 @@ def test_every_sampler_starts_from_pictures(family, sampler, masked):
         (made,) = render(family, [request(sampler=sampler, strength=strength)], [given])
         assert np.ptp(made) > 20
         assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("sampler", [row.name for row in SAMPLERS])
+def test_every_sampler_starts_from_pictures_on_the_rescaled_schedule(family, sampler):
+    family.spec = replace(family.spec, prediction_type="v_prediction")
+    for strength in (0.5, 1.0):
+        inputs = [PictureInputs(image=picture()), PictureInputs(image=picture(), mask=mask())]
+        for made in render(family, [request(sampler=sampler, strength=strength)] * 2, inputs, zero_terminal_snr=True):
+            assert np.ptp(made) > 20
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpm_2_a"])
@@ -142,12 +153,3 @@ def test_strength_has_a_default():
 def test_masks_that_cannot_be(family, inputs, message):
     with pytest.raises(UserError, match=message):
         render(family, [request()], [inputs])
-
-
-def test_a_model_for_inpainting_needs_a_mask(family):
-    class Config:
-        in_channels = 9
-
-    family.denoiser.config = Config()
-    with pytest.raises(UserError, match="for inpainting"):
-        render(family, [request()], [PictureInputs(image=picture())])

@@ -1,7 +1,9 @@
 """What a prompt of gen_img.py may say, beyond what sample pictures know (test_prompts)."""
 
+import time
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from library.errors import UserError
@@ -122,9 +124,18 @@ def test_every_option_sets_a_field_that_there_is_and_has_a_flag_of_its_own():
     assert {option.flag for option in PROMPT_OPTIONS} < set(GENERATION.by_flag)
 
 
+@pytest.mark.parametrize("option", ["--l " + "9" * 100_000 + "x", "--glus " + "9" * 100_000, "--am " + "9," * 100_000])
+def test_hostile_values_are_refused_quickly(option):
+    start = time.process_time()
+    with pytest.raises(UserError):
+        parsed(f"fox {option}")
+    assert time.process_time() - start < 2
+
+
 FLAG = st.sampled_from([f" --{option.flag} " for option in GENERATION.options]) | st.text(max_size=4)
 
 
+@settings(deadline=None)
 @given(
     st.lists(FLAG | st.sampled_from(["1", "0.5", "-3", "1e9", "none", "1,2", "a", "\0", "--", "9" * 5000]), max_size=8)
 )

@@ -1,6 +1,8 @@
 import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from library.errors import UserError
 from library.inference.prompt_files import PromptEntry
@@ -241,3 +243,36 @@ def test_files_that_are_no_module(tmp_path):
     (tmp_path / "prompts.txt").write_text("x", encoding="utf-8")
     with pytest.raises(UserError, match=r"\.py"):
         ModuleSource(tmp_path / "prompts.txt", Args(), None, [])
+
+
+PIECES = [
+    "{",
+    "}",
+    "|",
+    "e$$",
+    "2$$",
+    "1-$$",
+    "a",
+    " --n ",
+    " --d ",
+    "1,2",
+    " --w ",
+    "256",
+    "\\",
+    "\0",
+    "\n",
+    "--",
+    "#",
+]
+TEXT = st.lists(st.sampled_from(PIECES), max_size=25).map("".join)
+
+
+@settings(deadline=None)
+@given(TEXT, TEXT, st.integers(1, 3))
+def test_any_prompt_is_planned_or_told(one, two, count):
+    entries = [PromptEntry("line", one), PromptEntry("table", {"prompt": one, "negative_prompt": two})]
+    run = PromptRun(ListSource(entries), PromptPlan(seed=1, images_per_prompt=count), DEFAULTS, on_problem=str)
+    made = list(run)
+    assert {request.where for request in made} | {problem.where for problem in run.problems} == {"line", "table"}
+    assert all(request.seed is not None and request.raw_prompt == one for request in made)
+    assert not any("\0" in request.prompt + request.negative_prompt for request in made)

@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +39,14 @@ def test_break_starts_the_next_chunk(family, encoder, text, parts):
     assert tokens.chunks == len(parts)
     alone = [hidden(encoder, part, 1) for part in parts]
     assert torch.equal(hidden(encoder, text), torch.cat(alone, dim=1))
+
+
+def test_hostile_prompts_are_read_quickly(encoder):
+    start = time.process_time()
+    for text in (" " * 200_000, "BREAK " * 50_000, " AND" * 50_000):
+        encoder.tokenize(text)
+        split_parts(text)
+    assert time.process_time() - start < 3
 
 
 def test_brackets_reach_across_a_break(encoder):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from library.errors import UserError
-from library.inference.samplers import SAMPLER_NAMES, SAMPLERS, Sampler, _by_name, make_scheduler
+from library.inference.samplers import SAMPLER_NAMES, SAMPLERS, Sampler, _by_name, has_steps_offset, make_scheduler
 
 PUBLIC_NAMES = [
     *("ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle"),
@@ -96,3 +96,14 @@ def test_unknown_name_lists_the_known_ones():
 def test_two_rows_cannot_share_a_name():
     with pytest.raises(ValueError, match="ddim"):
         _by_name((*SAMPLERS, Sampler("new", "DDIMScheduler", aliases=("ddim",))))
+
+
+@pytest.mark.parametrize("name", [row.name for row in SAMPLERS])
+def test_steps_offset_can_be_zero(name):
+    steps = []
+    for zero in (False, True):
+        scheduler = make_scheduler(name, "epsilon", zero_steps_offset=zero)
+        scheduler.set_timesteps(10)
+        steps.append(scheduler.timesteps.tolist())
+    assert (steps[0] != steps[1]) == has_steps_offset(name)
+    assert name != "ddim" or (steps[0][-1], steps[1][-1]) == (1, 0)
