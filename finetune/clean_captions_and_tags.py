@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 FIELDS = ("caption", "tags")
 _EXAMPLES = 5
 _COUNTED = 20
+_SHOWN = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,12 @@ class Changes:
         """Remember a change."""
         self.changed += 1
         if self.everything or self.changed <= _EXAMPLES:
-            self.lines.append(f"  {safe_text(key)}: {before!r} -> {after!r}")
+            texts = (before, after) if self.everything else (_short(before), _short(after))
+            self.lines.append(f"  {safe_text(key)}: {texts[0]!r} -> {texts[1]!r}")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def run(options: CleanOptions) -> None:

@@ -70,7 +70,10 @@ class PlannedBatches:
             raise ValueError(f"the run expects {length.batches_per_epoch} batches an epoch, not {data.batch_count()}")
         self._data, self._length, self._rank, self._seed = data, length, rank, seed
         self._start_method, self._pin_memory = start_method, pin_memory
-        self.workers = worker_count(loader, cached=data.reads_only_latents)
+        cached = data.reads_only_latents
+        # A batch of latents is read in a few milliseconds. Handing it over from a process takes the main one as long,
+        # unless the thread that pins memory for a GPU does that.
+        self.workers = 0 if cached and not pin_memory else worker_count(loader, cached=cached)
         self.wait_seconds = 0.0
         self.replaced = 0
         self._blank = 0

@@ -138,6 +138,8 @@ def _report(problem: Problem) -> None:
 
 def _pictures(studio: Studio, inputs: InputPictures, number: int, group: Sequence[PromptRequest]) -> Sequence[Picture]:
     """Return the pictures of a prompt; those whose own pictures cannot be read are reported and left out."""
+    if group[0].clip_prompt:
+        logger.warning("%s: --c is only stored with the picture: nothing here guides by CLIP", group[0].where)
     try:
         return inputs.pictures(number, group)
     except UserError as error:

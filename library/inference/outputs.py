@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 _NUMBERED = re.compile(r"im_[01]?(\d{6,})\.png")
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"|?*\\]')
-_OTHER_FORMAT = re.compile(r"\.(jpe?g|webp|bmp|gif|tiff?)$", re.IGNORECASE)
+_OTHER_FORMAT = re.compile(r"\.(jpe?g|webp|bmp|gif|tiff?|avif|jxl)$", re.IGNORECASE)
 _LONGEST = 200
 
 
@@ -68,7 +68,7 @@ class PictureFolder:
         if request.file_name:
             return _unused(self.path / f"{safe_name(request.file_name)}{'_first' if stage == '0' else ''}")
         if self._options.use_original_file_name and origin is not None:
-            return _unused(self.path / f"{safe_name(origin.stem)}{'_first' if stage == '0' else ''}")
+            return _unused(self.path / f"{safe_name(origin.name)}{'_first' if stage == '0' else ''}")
         number = self._next
         if stage != "0":
             self._next += 1

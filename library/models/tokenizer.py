@@ -125,12 +125,17 @@ class ClipTokenizer:
                     "a new word must have letters, and no space around it", "Choose a new word.", where=where
                 )
             for token in _token_names(word, count):
-                if token in known or (not may_hide and f"{token}</w>" in vocabulary()):
+                # As the beginning of words, which is what sd-scripts asks, too: `sks`, only ever a whole one, is taken.
+                if token in known or (not may_hide and token in vocabulary()):
                     raise UserError(_known(word, token), "Choose another word that no language has.", where=where)
                 known.add(token)
         return ClipTokenizer(
             self.spec, self.max_token_length, weighted=self.weighted, pad=self.pad, words={**self.words, **words}
         )
+
+    def is_word(self, text: str) -> bool:
+        """Whether the vocabulary has `text` as a whole word."""
+        return f"{text}</w>" in vocabulary()
 
     def token_ids(self, text: str) -> list[int]:
         """Return the ids of all tokens of `text`: no start, end or padding, nothing cut off."""

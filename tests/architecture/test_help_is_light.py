@@ -11,7 +11,7 @@ import pytest
 from library.options_doc import PICTURE_SCRIPTS, SCRIPTS, tool_modules, tool_option_sets
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("networks", "tools")
+PACKAGES = ("finetune", "networks", "tools")
 MODULES = [*SCRIPTS, *PICTURE_SCRIPTS, *tool_modules()]
 # The standard library and our own light modules; everything else is third party.
 ALLOWED = set(sys.stdlib_module_names) | {

@@ -71,6 +71,8 @@ class InversionPlan:
         count = inversion.num_vectors_per_token
         words = {word: count} if word else {}
         tokenizers = tuple(tokenizer.with_words(words, where=_TOKEN) for tokenizer in known)
+        if word and known[0].is_word(word):
+            logger.warning("%s: the vocabulary has the word %r, which is hidden by the new one", _TOKEN, word)
         plan = cls(opts, word, tokenizers, known, None if opts.data.debug_dataset else _start(inversion.weights, count))
         if inversion.init_word is not None and plan.start is None:
             plan._check_init_word()

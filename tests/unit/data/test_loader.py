@@ -82,7 +82,8 @@ def test_cached_latents_are_served_by_one_reader(tmp_path):
     fill(data)
     length = length_of(data, 7)
     batches = PlannedBatches(data, length, rank=0, seed=5, loader=LoaderOptions())
-    assert batches.workers == 1
+    assert batches.workers == 0
+    assert PlannedBatches(data, length, rank=0, seed=5, loader=LoaderOptions(), pin_memory=True).workers == 1
     assert contents(batches) == contents(planned(data, length))
     assert contents(planned(data, length, 1, start_method="spawn")) == contents(planned(data, length))
 

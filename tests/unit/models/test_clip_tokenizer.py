@@ -118,6 +118,13 @@ def test_huge_captions_are_quick(text, weighted):
     assert time.process_time() - start < 10
 
 
+def test_words_that_are_never_the_beginning_of_others_may_be_taken():
+    """`sks` is a word of the vocabulary, and yet sd-scripts lets it be trained, so command lines say so."""
+    tokenizer = ClipTokenizer(SD_V1_TOKENIZER)
+    assert tokenizer.is_word("sks")
+    assert tokenizer.with_words({"sks": 2}).token_ids("a sks dog") == [320, 49408, 49409, 1929]
+
+
 def test_a_wrong_vocabulary_is_refused(tmp_path, monkeypatch):
     (tmp_path / "vocab.json").write_text('{"a": 0}')
     monkeypatch.setattr(module, "VOCABULARY_FOLDER", tmp_path)

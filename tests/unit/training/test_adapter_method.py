@@ -10,8 +10,8 @@ from torch import nn
 
 from library.checkpoints.lora_file import AdapterWeights
 from library.contracts import Condition, Noised
-from library.training.methods.adapter import Adapter
 from library.models.network_files import _merge
+from library.training.methods.adapter import Adapter
 from library.training.network_norms import NetworkNorms
 from library.training.scalars import DeferredScalars
 

@@ -135,8 +135,8 @@ def test_a_report_on_the_data_needs_no_network(base):
         ("--network_module=networks.oft --network_train_text_encoder_only", "networks.oft is for the U-Net alone"),
         ("--validation_split=1.5", "--validation_split: must be between 0 and 1"),
         ("--in_json=absent.json", "--in_json: file 'absent.json' not found"),
-        ("--use_safetensors", "it belongs to training whole models (train_db.py)"),
-        ("--stop_text_encoder_training=5", "it belongs to training whole models (train_db.py)"),
+        ("--use_safetensors", "it belongs to training whole models (train_db.py, fine_tune.py)"),
+        ("--stop_text_encoder_training=5", "it belongs to DreamBooth (train_db.py)"),
         ("--network_dims=4", "Did you mean --network_dim?"),
     ],
 )
