@@ -33,7 +33,7 @@ class Preparation:
         """
         pixels = load_image(path, alpha=True)
         size_wh = (pixels.shape[1], pixels.shape[0])
-        return TaggerPicture(square(on_white(pixels), self.side), size_wh)
+        return TaggerPicture(square(on_white(pixels), self.side)[:, :, ::-1], size_wh)
 
 
 def on_white(pixels: Pixels) -> Pixels:

@@ -160,7 +160,7 @@ class NetworkBank:
             return
         calculated = [item for item in self._attached if item.calculated]
         for item in calculated:
-            pass
+            item.network.restore_weights()
         for item, strength in zip(self._attached, wanted, strict=True):
             item.set_strength(strength)
         for item in calculated:
