@@ -48,6 +48,7 @@ setup(
         "wandb": ["wandb"],
         "lycoris": ["lycoris_lora"],
         "peft": ["peft"],
+        "tagger": ["onnxruntime"],
         "optimizers": ["dadaptation", "lion-pytorch", "prodigyopt", "schedulefree"],
     },
 )
