@@ -25,6 +25,7 @@ GUIDES = [
     DOCS / "train_network.md",
     DOCS / "train_textual_inversion.md",
     DOCS / "lora_tools.md",
+    DOCS / "data_tools.md",
     DOCS / "gen_img.md",
     ROOT / "CONTRIBUTING.md",
 ]
