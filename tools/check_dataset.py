@@ -71,7 +71,7 @@ class CheckOptions(OptionGroup, title="check"):
 
     def check(self) -> Iterator[Problem]:
         """One source, kinds that exist, a report that can be written."""
-        from library.data.dataset_check import KINDS
+        from library.data.check_kinds import KINDS
 
         if bool(self.folder) == bool(self.dataset_config):
             what = "give one of them" if self.folder else "is required"

@@ -156,7 +156,9 @@ class PictureFileOptions(OptionGroup, title="files"):
         False, help="Call pictures im_000001.png and so on, behind those that are there, not by time and seed."
     )
     use_original_file_name: bool = opt(
-        False, needs={"image_path": ()}, help="Give a picture the name of the one of --image_path it was made from."
+        False,
+        matters_when={"image_path": ()},
+        help="Give a picture the name of the one of --image_path it was made from.",
     )
 
 

@@ -65,7 +65,7 @@ class HighresOptions(OptionGroup, title="highres fix"):
         None,
         at_least=0,
         at_most=1,
-        needs={"image_path": ()},
+        matters_when={"image_path": ()},
         help="How much the first pass paints anew of --image_path. Default: --strength.",
     )
     highres_fix_save_1st: bool = opt(False, matters_when=_LARGE, help="Save the first picture too.")
