@@ -67,6 +67,11 @@ class Captioner:
         tokenizer.padding_side = "left"  # texts go on at the right
         usual = _CHAT_PROMPT if self._chat else _PROMPTS.get(model.kind)
         self.prompt = usual if prompt is None else prompt
+        self._most = decoding.max_length
+        places = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+        if model.recipe is not None and places is not None and places < self._most:
+            _log.warning("the model makes texts of %d tokens at most, not of %d", places, self._most)
+            self._most = places
 
     @property
     def prepare(self) -> Callable[[Path], Any]:
@@ -128,7 +133,7 @@ class Captioner:
 
         decoding = self._decoding
         words = "length" if self._model.recipe is not None else "new_tokens"
-        settings: dict[str, Any] = {f"max_{words}": decoding.max_length, "do_sample": False, "num_beams": 1}
+        settings: dict[str, Any] = {f"max_{words}": self._most, "do_sample": False, "num_beams": 1}
         if decoding.min_length:
             settings[f"min_{words}"] = decoding.min_length
         if decoding.method == "beam":

@@ -24,7 +24,7 @@ class Cleaner:
         # The same tags occur again and again.
         self._groups_of = cache(self._match_groups)
         self._is_general = cache(self._match_general)
-        self._endings = cache(_endings)
+        self._ending = cache(_ending)
 
     def clean_caption(self, text: str) -> str:
         """Return a caption after all replacements, each repeated until it changes nothing more."""
@@ -76,8 +76,9 @@ class Cleaner:
 
     def _without_general(self, tags: list[str]) -> list[str]:
         """Remove general tags that are the last words of a longer one."""
-        endings = set().union(*map(self._endings, tags)).intersection(tags)
-        removed = {tag for tag in endings if self._is_general(tag)}
+        general = set(filter(self._is_general, tags))
+        lengths = {tag.count(" ") + 1 for tag in general}
+        removed = {end for words in lengths for tag in tags if (end := self._ending(tag, words)) in general}
         if not removed:
             return tags
         for tag in removed:
@@ -92,6 +93,7 @@ def _spaced(text: str, kept: Sequence[str]) -> str:
     return kept[0].join(_spaced(part, kept[1:]) for part in text.split(kept[0]))
 
 
-def _endings(tag: str) -> tuple[str, ...]:
-    """Return the last words of a tag: the last one, the last two and so on, without the whole tag."""
-    return tuple(tag[at + 1 :] for at, letter in enumerate(tag) if letter == " ")
+def _ending(tag: str, words: int) -> str:
+    """Return the last words of a tag, so many; nothing when it has no more than these."""
+    parts = tag.rsplit(" ", words)
+    return tag[len(parts[0]) + 1 :] if len(parts) > words else ""

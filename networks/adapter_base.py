@@ -154,9 +154,21 @@ class Adapter(nn.Module):
         """Compute the layer without and with the adapter, and take of each what the region says."""
         plain = self.inner(x)
         share = 1.0 if self.region is None else self.region(self.reads_words, plain)
-        if isinstance(share, Tensor):
-            return torch.lerp(plain, self.forward(x), share.to(plain.dtype))
-        return plain if share == 0 else torch.lerp(plain, self.forward(x), share)
+        if not isinstance(share, Tensor):
+            return plain if share == 0 else torch.lerp(plain, self._on_top_of(plain, x), share)
+        return torch.lerp(plain, self._on_top_of(plain, x), share.to(plain.dtype))
+
+    def _on_top_of(self, plain: Tensor, x: Tensor) -> Tensor:
+        """Return the layer's output with the adapter, given that without it.
+
+        Computed anew, the layer would run twice for each of its networks with a region: 2^n times for n of them.
+        """
+        own, inner, bare = vars(self), self.inner, self.bare
+        own.update(inner=lambda _: plain, bare=False)
+        try:
+            return self.forward(x)
+        finally:
+            own.update(inner=inner, bare=bare)
 
     def train(self, mode: bool = True) -> Adapter:  # noqa: FBT001, FBT002 - torch's signature
         """Set training mode, in which dropouts work."""

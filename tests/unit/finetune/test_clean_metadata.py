@@ -161,3 +161,15 @@ def test_a_rule_that_lengthens_is_applied_once(tmp_path):
     rules = tmp_path / "rules.toml"
     rules.write_text('[captions]\nreplace = [["ab", "bba"]]', encoding="utf-8")
     assert Cleaner(read_rules(rules)).clean_caption("a" * 50 + "b") == "a" * 49 + "bba"
+
+
+def test_long_texts_among_tags_take_no_memory(cleaner):
+    """Sentences may stand where tags are expected; all their endings together would be a multiple of their length."""
+    import tracemalloc
+
+    text = "word " * 20_000 + "shirt, shirt"
+    tracemalloc.start()
+    assert cleaner.clean_tags(text) == "word " * 20_000 + "shirt"
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * len(text)

@@ -95,3 +95,21 @@ def test_a_network_that_is_switched_off_stays_off(network):
     made.set_enabled(True)
     made.limit_to(None)
     assert all(adapter.layer.forward == adapter.forward for adapter in made.adapters)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["lora", "oft"])
+def test_the_layer_itself_runs_once_whatever_the_number_of_regions(network, kind, monkeypatch):
+    made = [network(kind, seed) for seed in range(3)]
+    adapter = named(made[0], "attn1_to_q")
+    x, calls, product = features(adapter), [], torch.nn.functional.linear
+
+    def counting(x, weight, *rest):
+        calls.append(weight is adapter.layer.weight)
+        return product(x, weight, *rest)
+
+    for one in made:
+        one.limit_to(lambda *_: 0.5)
+    monkeypatch.setattr(torch.nn.functional, "linear", counting)
+    adapter.layer(x)
+    assert sum(calls) == 1
