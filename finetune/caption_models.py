@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.blip_weights import read_original, structure_of
+from finetune.caption_checks import check_loaded, check_structure
 from finetune.caption_inputs import ImageRecipe, recipe_of
 from library.checkpoints.folders import choose_weights, open_folder_weights, shard_names
 from library.checkpoints.hub import from_hub, is_hub_id, near_names
@@ -31,8 +32,6 @@ _SHARED = {
     "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias",
 }
 """Weights that BLIP has twice; files may hold one of them, and not every transformers knows."""
-
-_LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -88,10 +87,13 @@ def load_folder(
     try:
         model = _load_model(folder, device, dtype)
         tokenizer, processor = _load_processor(folder)
-    except _LOADING_ERRORS as error:
+        check_loaded(model, tokenizer)
+        recipe = recipe_of(processor.image_processor) if model.config.model_type in ("blip", "git") else None
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the boundary: a damaged folder may upset transformers in any way
         hint = "Is the folder complete, and this transformers new enough? Code in model folders is not run."
         raise UserError(f"cannot be loaded: {_first_line(error)}", hint, where=where) from error
-    recipe = recipe_of(processor.image_processor) if model.config.model_type in ("blip", "git") else None
     return CaptionModel(model.to(device).eval(), tokenizer, recipe, None if recipe else processor)
 
 
@@ -109,9 +111,9 @@ def load_blip(file: Path, tokenizer: str | None, *, device: torch.device, dtype:
     """
     from transformers import BlipConfig, BlipForConditionalGeneration
 
-    vocabulary = bert_vocabulary(tokenizer, file.parent)
     tensors = read_original(file)
     structure: dict[str, Any] = structure_of(tensors, file)
+    vocabulary = bert_vocabulary(tokenizer, file.parent)
     words = bert_tokenizer(vocabulary)
     count = structure["text_config"]["vocab_size"]
     if len(words) != count:
@@ -197,8 +199,10 @@ def _load_model(folder: Path, device: torch.device, dtype: torch.dtype | None) -
     weights = choose_weights(item.name for item in folder.iterdir())
     if weights is None:
         raise ValueError("there are no weights in it")
+    check_structure(config)
+    tensors = open_folder_weights(folder)  # checks the files, too
     if "safetensors" not in weights:
-        return _from_tensors(model_class, config, open_folder_weights(folder), str(folder)).to(dtype=dtype)
+        return _from_tensors(model_class, config, tensors, str(folder)).to(dtype=dtype)
     named: dict[str, Any] = {_dtype_name(): "auto" if as_stored else dtype or "float32"}
     model, report = model_class.from_pretrained(
         folder, config=config, use_safetensors=True, local_files_only=True, output_loading_info=True, **named

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from finetune.caption_models import CaptionModel
     from finetune.picture_tools import PictureOptions
+
+_log = logging.getLogger(__name__)
 
 _SAMPLING_PENALTY = 1.1
 """BLIP's authors divide the logits of tokens that occurred by this when they sample."""

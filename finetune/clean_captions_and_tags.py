@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,12 +102,19 @@ class Changes:
         """Remember a change."""
         self.changed += 1
         if self.everything or self.changed <= _EXAMPLES:
-            texts = (before, after) if self.everything else (_short(before), _short(after))
+            texts = (before, after) if self.everything else _short(before, after)
             self.lines.append(f"  {safe_text(key)}: {texts[0]!r} -> {texts[1]!r}")
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+def _short(before: str, after: str) -> tuple[str, str]:
+    """Return both texts around the place where they begin to differ."""
+    begin = max(len(commonprefix([before, after])) - _SHOWN // 2, 0)
+    return _window(before, begin), _window(after, begin)
+
+
+def _window(text: str, begin: int) -> str:
+    end = begin + _SHOWN
+    return ("..." if begin else "") + text[begin:end] + ("..." if end < len(text) else "")
 
 
 def run(options: CleanOptions) -> None:

@@ -24,8 +24,8 @@ _PHRASES = tuple(
     for pattern in (
         # "that says the word x on it", "which reads 'x y'"
         rf"{_OPENING}(?:that|which)\s+(?:says?|reads?)\b\s*(?:the\s+{_KIND}\s+)?{_READING}{_PLACE}",
-        # "has the word x on the front", "with the letters a b on it", "and the name 'x y'"
-        rf"{_OPENING}(?:has|have|with|and)\s+the\s+{_KIND}\s+(?:{_LETTERS}|{_READING}){_PLACE}",
+        # "has the word x on the front", "with the letters a b on it", "and the name 'x y'", "with the words on it"
+        rf"{_OPENING}(?:has|have|with|and)\s+the\s+{_KIND}\s+(?:{_ON}|(?:{_LETTERS}|{_READING}){_PLACE})",
         # "with the number 5 on his back"; without a place the number may be one of things
         rf"{_OPENING}(?:has|have|with|and)\s+the\s+numbers?\s+\d+\s+{_ON}",
         # "word x on it"

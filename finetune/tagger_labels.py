@@ -53,7 +53,7 @@ def _from_table(text: str, where: str) -> Iterator[Label]:
             name, number = row["name"], row["category"]
             if not name or not number:
                 raise UserError(f"line {rows.line_num} has no name or no category", where=where)
-            yield Label(_CATEGORY_NUMBERS.get(number.strip(), number.strip()), (name,))
+            yield Label(_CATEGORY_NUMBERS.get(number.strip(), number.strip()), (_one_line(name, where),))
     except csv.Error as error:
         raise UserError(f"line {rows.line_num}: {error}", where=where) from error
 
@@ -71,8 +71,18 @@ def _from_mapping(text: str, where: str) -> list[Label]:
         tag, category = (entry.get("tag"), entry.get("category")) if isinstance(entry, dict) else (None, None)
         if not isinstance(tag, str) or not tag or not isinstance(category, str):
             raise UserError(f"entry {number} has no tag and category", where=where)
-        labels.append(Label(category.lower(), (tag,)))
+        labels.append(Label(category.lower(), (_one_line(tag, where),)))
     return labels
+
+
+def _one_line(tag: str, where: str) -> str:
+    """Return a tag without line ends and control characters, which would break the texts that it is written into."""
+    if tag.isprintable():
+        return tag
+    cleaned = " ".join("".join(character if character.isprintable() else " " for character in tag).split())
+    if not cleaned:
+        raise UserError(f"a tag holds nothing but control characters: {tag!r}", where=where)
+    return cleaned
 
 
 def adapt_labels(

@@ -18,6 +18,7 @@ from library.errors import UserError
 _log = logging.getLogger(__name__)
 
 USUAL_SIDE = 448
+_LARGEST_SIDE, _LARGEST_BATCH = 4096, 1024
 PROVIDERS = ("OpenVINOExecutionProvider", "CUDAExecutionProvider", "ROCMExecutionProvider", "CPUExecutionProvider")
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _TOLERANCE = 1e-3
@@ -76,7 +77,11 @@ class TaggerModel:
         sides = {size for size in (height, width) if not _open_ended(size)}
         if len(sides) > 1:
             raise UserError(f"its input is {shown}, but taggers look at squares", where=self._where)
+        if max(sides, default=0) > _LARGEST_SIDE:
+            raise UserError(f"its input is {shown}; the largest side is {_LARGEST_SIDE}", where=self._where)
         batch = None if _open_ended(shape[0]) else int(shape[0])
+        if (batch or 0) > _LARGEST_BATCH:
+            raise UserError(f"it wants {batch} pictures at once; at most {_LARGEST_BATCH} are given", where=self._where)
         return inputs[0], batch, int(sides.pop()) if sides else USUAL_SIDE
 
     def _check_outputs(self, outputs: Sequence[Any]) -> str:

@@ -165,10 +165,13 @@ def write_text(path: StrPath, text: str) -> None:
 def write_json(path: StrPath, value: Any) -> None:
     """Write `value` as indented JSON (UTF-8, a final newline), as `atomic_file` does.
 
+    File names that are no text in any encoding hold lone surrogates; these become escapes of JSON, which readers undo.
+
     Raises:
         ValueError: `value` holds NaN or an infinity, which JSON cannot express.
     """
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, f"{text}\n".encode("utf-8", "backslashreplace"))
 
 
 def remove_tree(path: StrPath) -> None:

@@ -18,7 +18,7 @@ from library import cli  # noqa: E402
 from library.errors import Problem, UserError  # noqa: E402
 from library.option_groups import OptionGroup, OptionSet, opt  # noqa: E402
 from networks.tool_parts import check_output, missing_options  # noqa: E402
-from tools.picture_files import Made, WorkOptions, encode, make_files  # noqa: E402
+from tools.picture_files import Made, WorkOptions, check_results, encode, make_files  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,10 @@ class CannyOptions(OptionGroup, title="edges"):
     def check(self) -> Iterator[Problem]:
         """Name what is missing, and refuse to write over what is read."""
         yield from missing_options(input=self.input, output=self.output)
-        yield from check_output("--output", self.output, [self.input])
+        if self.input and Path(self.input).is_dir():
+            yield from check_results("--output", self.output, self.input)
+        else:
+            yield from check_output("--output", self.output, [self.input])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +81,12 @@ def run(options: Options) -> None:
     from library.data.jobs import find_pictures
 
     source = Path(str(options.edges.input))
+    if not source.exists():
+        raise UserError("not found", where=f"--input {source}")
     make = Drawing(options.edges, folder=source.is_dir())
     if not make.folder and Path(str(options.edges.output)).suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise UserError("must end in .png or .jpg", where=f"--output {options.edges.output}")
-    if not source.exists():
-        raise UserError("not found", where=f"--input {source}")
-    pictures = find_pictures(source, recursive=False) if make.folder else [source]
+    pictures = find_pictures(source, recursive=None) if make.folder else [source]
     make_files("drawing edges", pictures, make, options.work, lambda path: make.target(path).is_file())
 
 

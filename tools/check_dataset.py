@@ -81,6 +81,8 @@ class CheckOptions(OptionGroup, title="check"):
         for kind in self.ignore:
             if kind not in KINDS:
                 yield Problem(f"--ignore {kind}", "is no kind of finding", f"Choose among {', '.join(KINDS)}.")
+        if self.report and Path(self.report).is_dir():
+            yield Problem(f"--report {self.report}", "is a folder", "Give the name of a file.")
         yield from check_output("--report", self.report, (self.dataset_config,))
 
     @property

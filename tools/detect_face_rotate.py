@@ -23,7 +23,7 @@ from library.errors import Problem, UserError  # noqa: E402
 from library.option_groups import OptionGroup, OptionSet, opt  # noqa: E402
 from library.option_values import BadValue  # noqa: E402
 from networks.tool_parts import missing_options  # noqa: E402
-from tools.picture_files import Made, WorkOptions, encode, make_files  # noqa: E402
+from tools.picture_files import Made, WorkOptions, check_results, encode, make_files  # noqa: E402
 
 if TYPE_CHECKING:
     from tools.face_parts import Cut, Face
@@ -98,6 +98,7 @@ class FaceOptions(OptionGroup, title="faces"):
     def check(self) -> Iterator[Problem]:
         """Name what is missing; the detector must be a file."""
         yield from missing_options(src_dir=self.src_dir, dst_dir=self.dst_dir)
+        yield from check_results("--dst_dir", self.dst_dir, None)
         if not self.model:
             yield Problem("--model", "is required: the file of a face detector", _ZOO)
         elif not Path(self.model).is_file():
@@ -198,7 +199,7 @@ def run(options: Options) -> None:
     except cv2.error as error:
         raise UserError("is no face detector that OpenCV can read", _ZOO, where=f"--model {faces.model}") from error
     make = Cutting(faces)
-    pictures = find_pictures(Path(str(faces.src_dir)), recursive=False)
+    pictures = find_pictures(Path(str(faces.src_dir)), recursive=None)
     make_files("cutting out faces", pictures, make, options.work, make.exists)
 
 

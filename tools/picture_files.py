@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.errors import Problem
 from library.option_groups import OptionGroup, opt
+from networks.tool_parts import check_output
 
 if TYPE_CHECKING:
     from library.data.images import Pixels
@@ -25,6 +28,16 @@ class WorkOptions(OptionGroup, title="work"):
     max_data_loader_n_workers: int | None = opt(
         None, at_least=0, help="Processes that work at the same time. Default: one for each core."
     )
+
+
+def check_results(option: str, folder: str | None, source: str | None) -> Iterator[Problem]:
+    """Yield what is wrong with the folder of results that `option` names: a file, or the folder that is read."""
+    if folder and Path(folder).is_file():
+        yield Problem(f"{option} {folder}", "is a file, not a folder", "Choose another name.")
+    elif folder and source and os.path.realpath(folder) == os.path.realpath(source):
+        yield Problem(option, "is the folder that is read", "Choose another one.")
+    else:
+        yield from check_output(option, folder, ())
 
 
 def encode(pixels: Pixels, *, png: bool, quality: int = 100) -> bytes:
@@ -65,14 +78,15 @@ def make_files(
 
     def finish(path: Path, made: Made) -> None:
         for target, content in made:
-            target.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(target, content)
 
     workers = options.max_data_loader_n_workers
+    if workers is None:
+        workers = min(available_cores(), len(paths)) if len(paths) > 1 else 0
     job = PictureJob(title, prepare, lambda paths, made: made, finish)
     run_pictures(
         paths,
         job,
-        workers=min(available_cores(), len(paths)) if workers is None else workers,
+        workers=workers,
         skip=results if options.skip_existing else None,
     ).close()

@@ -9,6 +9,7 @@ and seed stand in one row, so that a training can be watched from left to right.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,8 +22,12 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from library import cli  # noqa: E402
+from library.data.bad_files import printable  # noqa: E402
+from library.errors import Problem  # noqa: E402
 from library.option_groups import OptionGroup, OptionSet, opt  # noqa: E402
-from networks.tool_parts import show  # noqa: E402
+from networks.tool_parts import check_output, show  # noqa: E402
+
+logger = logging.getLogger(__name__)
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -45,6 +50,12 @@ class PageOptions(OptionGroup, title="page"):
     folder: str = opt("", positional=True, path=True, help="Folder with pictures.")
     output: str | None = opt(None, path=True, help="File to write. Default: index.html in the folder.")
     recursive: bool = opt(False, help="Take the pictures of sub-folders, too.")
+
+    def check(self) -> Iterator[Problem]:
+        """Refuse a page that cannot be written, or would replace a picture."""
+        if self.output and Path(self.output).suffix.lower() not in (".html", ".htm"):
+            yield Problem(f"--output {self.output}", "must end in .html")
+        yield from check_output("--output", self.output, ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +94,8 @@ def _row(prompt: str, seed: str, row: Sequence[Shown]) -> Iterator[str]:
     yield f"<section><h2>{escape(prompt or 'no prompt is known')}</h2>"
     yield f"<p class=settings>{escape(', '.join([*([f'seed {seed}'] if seed else []), *settings]))}</p><div class=row>"
     for picture in row:
-        name = escape(picture.link)
-        link = quote(picture.link)
+        name = escape(printable(picture.link))
+        link = quote(os.fsencode(picture.link))  # bytes, since a name need not be text in any encoding
         yield f"<figure><a href='{link}'><img loading=lazy src='{link}' alt='{name}'></a>"
         yield f"<figcaption>{name}</figcaption></figure>"
     yield "</div></section>"
@@ -92,12 +103,12 @@ def _row(prompt: str, seed: str, row: Sequence[Shown]) -> Iterator[str]:
 
 def _texts(path: Path) -> dict[str, str]:
     """Return what a picture tells of itself; nothing when it cannot be opened."""
-    from PIL import Image
+    from library.data.images import BadImage, carried_texts
 
     try:
-        with Image.open(path) as image:
-            return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
-    except (OSError, ValueError, SyntaxError):
+        return carried_texts(path)
+    except BadImage as error:
+        logger.warning("%s", error)
         return {}
 
 
@@ -110,9 +121,8 @@ def run(options: Options) -> None:
     pictures = find_pictures(folder, recursive=options.page.recursive)
     target = Path(options.page.output) if options.page.output else folder / "index.html"
     links = [Path(os.path.relpath(path, target.absolute().parent)).as_posix() for path in pictures]
-    target.parent.mkdir(parents=True, exist_ok=True)
     shown = [Shown(link, _texts(path)) for link, path in zip(links, pictures, strict=True)]
-    write_text(target, page(folder.resolve().name, shown))
+    write_text(target, page(printable(folder.resolve().name), shown))
     show([f"{len(pictures)} pictures on {target}"])
 
 

@@ -23,7 +23,7 @@ from library import cli  # noqa: E402
 from library.errors import Problem  # noqa: E402
 from library.option_groups import OptionGroup, OptionSet, opt  # noqa: E402
 from library.option_values import BadValue  # noqa: E402
-from tools.picture_files import Made, WorkOptions, encode, make_files  # noqa: E402
+from tools.picture_files import Made, WorkOptions, check_results, encode, make_files  # noqa: E402
 
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 
@@ -65,10 +65,8 @@ class ResizeOptions(OptionGroup, title="sizes"):
     )
 
     def check(self) -> Iterator[Problem]:
-        """Refuse to write into the folder that is read."""
-        source, target = (Path(name).absolute() for name in (self.src_img_folder, self.dst_img_folder))
-        if self.src_img_folder and source.resolve() == target.resolve():
-            yield Problem("dst_img_folder", "is the folder that is read", "Choose another one.")
+        """Refuse to write into the folder that is read, or where nothing can be written."""
+        yield from check_results("dst_img_folder", self.dst_img_folder, self.src_img_folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +137,7 @@ def run(options: Options) -> None:
     from library.files import write_bytes
 
     source, target = Path(options.sizes.src_img_folder), Path(options.sizes.dst_img_folder)
-    pictures = find_pictures(source, recursive=False)
+    pictures = find_pictures(source, recursive=None)
     make = Shrinking(options.sizes)
     make_files(
         "resizing", pictures, make, options.work, lambda path: all(file.is_file() for _, file in make.targets(path))

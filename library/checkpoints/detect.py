@@ -16,6 +16,7 @@ from typing import Any
 
 from library.checkpoints import key_maps
 from library.checkpoints.headers import SafetensorsHeader, file_kind, read_header, read_tensor_bytes
+from library.checkpoints.key_maps_cascade import is_cascade_mark
 from library.checkpoints.lora_names import looks_like_adapter
 from library.errors import UserError
 
@@ -157,6 +158,7 @@ _NAME_TESTS: tuple[tuple[str, Callable[[str], bool]], ...] = (
     ("sdxl", lambda name: name.startswith("conditioner.embedders.1.")),
     ("sdxl-refiner", lambda name: name.startswith("conditioner.embedders.0.model.")),
     ("lora", looks_like_adapter),
+    ("cascade", is_cascade_mark),
     ("controlnet", lambda name: name.startswith(("control_model.", "controlnet_cond_embedding.", "input_hint_block."))),
     ("embedding", lambda name: name in ("emb_params", "clip_l", "clip_g")),
 )

@@ -202,8 +202,9 @@ def _not_an_embedding(path: Path, content: Mapping[str, Any], metadata: Mapping[
     if _BY_LAYER & set(content):
         what = "holds a vector for each layer of the U-Net (extended textual inversion), which nothing here can use"
         return UserError(what, where=str(path))
-    tables = content.get("state_dict", content)
-    shapes = {str(key): tuple(item.shape) for key, item in dict(tables).items() if hasattr(item, "shape")}
+    inner = content.get("state_dict")
+    tables = inner if isinstance(inner, Mapping) else content
+    shapes = {str(key): tuple(item.shape) for key, item in tables.items() if hasattr(item, "shape")}
     family = detect.classify(path, shapes, metadata).family
     what = detect.family_label(family) if family not in ("unknown", "embedding") else f"a file of {len(shapes)} tensors"
     return UserError(f"is no embedding but {what}", "Give a file that textual inversion made.", where=str(path))

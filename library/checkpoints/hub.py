@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -11,12 +12,14 @@ from pathlib import Path
 
 from library.checkpoints.folders import SMALL_FILES, choose_weights, shard_names
 from library.errors import UserError
+from library.new_file import DISK_FULL
 
 _log = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*$")
 _COMPONENTS = ("unet", "text_encoder", "vae")
 _TIMEOUT = 10.0
+_DISK_ERRORS = DISK_FULL | {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 
 
 def resolve_model(name: str, option: str = "--pretrained_model_name_or_path") -> Path:
@@ -197,6 +200,8 @@ def _hub_reason(error: BaseException) -> str:
         return "a file is not in the repository"
     if isinstance(error, errors.OfflineModeIsEnabled) or isinstance(error.__cause__, errors.OfflineModeIsEnabled):
         return "offline mode is on"
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
     return "the hub cannot be reached"
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from library.data.storage import locator_of
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -165,10 +166,30 @@ def orientation_of(image: Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
+def carried_texts(path: str | Path, *, behind_pixels: bool = False) -> dict[str, str]:
+    """Return the texts that a picture carries, such as the prompt that it was made from, by name.
+
+    Args:
+        path: of the file.
+        behind_pixels: look behind the pixels of a PNG, too, where some programs write; that decodes it.
+
+    Raises:
+        BadImage: for every kind of unusable file.
+    """
+    with _opened(path, MAX_IMAGE_PIXELS) as image:
+        try:
+            if behind_pixels and image.format == "PNG":
+                image.load()
+            return {str(name): str(value) for name, value in image.info.items() if isinstance(value, str)}
+        except _DECODING_ERRORS as error:
+            raise BadImage(path, f"cannot be decoded: {_short(error)}") from error
+
+
 class _opened:  # noqa: N801 - used as a function
     """Context of an open image whose size is within the limit."""
 
     def __init__(self, path: str | Path, max_pixels: int) -> None:
+        self._member = locator_of(path)
         self._path, self._max_pixels = Path(path), max_pixels
         self._file: BinaryIO | None = None
         self._image: Image | None = None
@@ -189,6 +210,8 @@ class _opened:  # noqa: N801 - used as a function
 
     def _open_file(self) -> BinaryIO:
         try:
+            if self._member is not None:
+                return self._member.open()
             info = self._path.stat()
             if not stat.S_ISREG(info.st_mode):
                 raise BadImage(self._path, "is not a regular file")

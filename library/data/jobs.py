@@ -99,10 +99,14 @@ class JobReport:
         _log.warning("failed:\n%s", "\n".join(lines))
 
 
-def find_pictures(folder: Path, *, recursive: bool) -> list[Path]:
+def find_pictures(folder: Path, *, recursive: bool | None) -> list[Path]:
     """Return the pictures in `folder`, sorted folder by folder, spelled as `folder` is.
 
     Hidden files and folders are left out. Links to folders are followed, each folder once.
+
+    Args:
+        folder: which one.
+        recursive: look into its sub-folders, too; None: the tool has no option for that.
 
     Raises:
         UserError: the folder is missing, cannot be read, or holds no picture.
@@ -134,7 +138,7 @@ def find_pictures(folder: Path, *, recursive: bool) -> list[Path]:
         if recursive:
             waiting += sorted((item for item in current.iterdir() if _is_folder(item)), reverse=True)
     if not found:
-        hint = "" if recursive else "Give --recursive to look into its sub-folders, too."
+        hint = "Give --recursive to look into its sub-folders, too." if recursive is False else ""
         raise UserError("holds no pictures", hint, where=where)
     return found
 

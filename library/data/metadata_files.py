@@ -43,8 +43,8 @@ class MetadataEntry:
         caption, tags = self.caption or "", self.tags or ""
         if multiline:
             tags = tags.replace("\n", separator)
-        if not caption or not tags:
-            return caption or tags
+        if not tags or not caption.strip():
+            return tags or caption
         if not multiline:
             return caption + separator + tags
         return "\n".join(line + separator + tags for line in caption.split("\n") if line.strip())

@@ -17,7 +17,8 @@ from library.garbage import collection_paused
 
 _log = logging.getLogger(__name__)
 
-_MISSING_SUFFIX = ".missing"
+MISSING_SUFFIX = ".missing"
+"""Of the names of images that are gone, where nothing tells what theirs was."""
 _OTHER_FOLDER = re.compile(r"[/\\:]|\.\.")
 
 
@@ -164,10 +165,11 @@ class _Finder:
             cached = self._cached(entry, folder, name, names)
             if cached is not None:
                 return cached
-        if not tried:
-            return BadFile(entry.key, "leads out of image_dir", "Use a path inside it, or an absolute path.")
+        if self._image_dir is not None and _climbs(key) and not os.path.isabs(key):  # noqa: PTH117
+            what = "leads out of image_dir, and there is no such image seen from the working directory either"
+            return BadFile(key, what, "Use a path inside it, or an absolute path.")
         where = os.path.join(tried[0][0], tried[0][1])  # noqa: PTH118 - spelled as the user spelled it
-        hint = "" if self._image_dir or os.path.isabs(entry.key) else "Give image_dir."  # noqa: PTH117
+        hint = "" if self._image_dir or os.path.isabs(entry.key) else "Give --train_data_dir (image_dir)."  # noqa: PTH117
         return BadFile(entry.key, f"no image and no cache of this name (looked for {where})", hint)
 
     def _candidates(self, key: str) -> Iterator[tuple[str, str]]:
@@ -175,9 +177,7 @@ class _Finder:
             yield os.path.split(key)
             return
         head, name = os.path.split(key)
-        if self._image_dir is not None:
-            if ".." in key and ".." in re.split(r"[/\\]", key):
-                return
+        if self._image_dir is not None and not _climbs(key):
             folder = self._inside.get(head)
             if folder is None:
                 folder = self._inside[head] = os.path.join(self._image_dir, head) if head else self._image_dir  # noqa: PTH118
@@ -196,7 +196,7 @@ class _Finder:
         """Return a place without an image file when a cache of the stem exists and the size is known."""
         stem, suffix = os.path.splitext(name)  # noqa: PTH122
         if suffix.lower() not in self._suffixes:
-            stem, name = name, name + _MISSING_SUFFIX
+            stem, name = name, name + MISSING_SUFFIX
         if stem not in names.caches:
             return None
         size = entry.image_size or names.caches[stem] or entry.train_resolution
@@ -206,6 +206,11 @@ class _Finder:
         """Tell whether a latent cache lies beside the image; with `old`, whether `<stem>.npz` does, its oldest form."""
         stem, folder = place.name[: place.name.rfind(".")], self.folder(place.folder)
         return stem in (folder.old_caches if old else folder.caches)
+
+
+def _climbs(key: str) -> bool:
+    """Tell whether a path goes to the folder above."""
+    return ".." in key and ".." in re.split(r"[/\\]", key)
 
 
 def _fixed_resolutions(located: Iterable[Located], finder: _Finder) -> tuple[tuple[int, int], ...] | None:

@@ -42,6 +42,8 @@ def reason_of(error: BaseException) -> str:
         return f"{problem.what.rstrip('.')}. {problem.hint}".strip(". ")
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, MemoryError):
+        return "does not fit into memory"
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
@@ -93,8 +95,11 @@ class PictureLoading(Generic[Prepared]):
         except BrokenExecutor:
             self._broken = True
             return None
-        except RuntimeError as error:
-            raise CancelledError from error  # shut down between the two lines above
+        except (RuntimeError, OSError) as error:
+            if self._closed:  # shut down between the lines above
+                raise CancelledError from error
+            hint = "Processes or memory are probably short: use fewer workers (--max_data_loader_n_workers), or 0."
+            raise UserError(f"cannot be started ({error})", hint, where="loader workers") from error
 
     def _next(
         self, waiting: deque[tuple[Path, Future[Prepared | Unusable] | None]]

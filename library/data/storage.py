@@ -1,7 +1,7 @@
 """Where the bytes of a picture are: a file, or a member of a tar file, local or remote. Nothing is ever unpacked.
 
-A member is written as a path, `photos/a.tar!/set/0001.jpg@1536+20480`: tar file, name, first byte and length. So it goes
-wherever the path of a picture goes, through tables, caches and loader processes, and one read fetches it.
+A member is written as a path, `photos/a.tar!/set/0001.jpg@1536+20480`: tar file, name, first byte and length. So it
+goes wherever the path of a picture goes, through tables, caches and loader processes, and one read fetches it.
 """
 
 from __future__ import annotations

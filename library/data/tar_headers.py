@@ -20,7 +20,13 @@ FILE, FOLDER = "file", "folder"
 _REGULAR = b"0\x007"
 _KINDS = {b"1": "link", b"2": "link", b"3": "device", b"4": "device", b"5": FOLDER, b"6": "pipe", b"S": "sparse file"}
 _WITHOUT_DATA = b"123456"
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+}
 
 
 class NotATar(ValueError):
@@ -59,7 +65,8 @@ class _Extended:
 class TarWalk:
     """Iterates over the members of a tar file.
 
-    Afterwards `cut_at` is the byte from which on the file is cut off or damaged (None: it is whole), `why` says which.
+    Afterwards `cut_at` is the byte from which on the file is cut off or damaged (None: it is whole), `why` says which,
+    and `cut_member` is the member that was begun there, if so much is known.
 
     Args:
         read_at: reads parts of the file.
@@ -70,6 +77,7 @@ class TarWalk:
         self._read_at, self._size = read_at, size
         self.cut_at: int | None = None
         self.why = ""
+        self.cut_member: Member | None = None
 
     def __iter__(self) -> Iterator[Member]:
         """Yield every member whose bytes are all there.
@@ -98,6 +106,7 @@ class TarWalk:
             stored = 0 if kind in _WITHOUT_DATA else size
             if size < 0 or begin + stored > self._size:
                 self._note(position, "cut off")
+                self.cut_member = None if kind in b"xgLK" else _member(block, begin, 0, extended, b"")
                 return
             if kind in b"xgLK":
                 self._extend(extended, kind, begin, size)
@@ -105,6 +114,8 @@ class TarWalk:
                 yield _member(block, begin, size, extended, window[begin - position :])
                 extended = _Extended()
             position = begin + stored + -stored % BLOCK
+        if position == 0:
+            raise NotATar("is no tar file, or empty")
         self._note(position, "has no end mark; it is probably cut off")
 
     def _give_up(self, position: int, block: bytes, count: int) -> None:

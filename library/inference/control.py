@@ -2,7 +2,7 @@
 
 "Adding Conditional Control to Text-to-Image Diffusion Models" (https://arxiv.org/abs/2302.05543): a copy of the U-Net's
 downward half looks at the noisy latents and a guide picture, and what it finds is added to the U-Net's skip connections
-and middle. Guidance has no special case: the guide counts for the negative prompt too.
+and middle. The guide counts for the negative prompt too, unless a ControlNet averages over all places of the picture.
 """
 
 from __future__ import annotations
@@ -47,6 +47,11 @@ class ControlNet:
     def works_at(self, moment: Moment) -> bool:
         """Whether it works in this step."""
         return self.multiplier != 0 and (moment.index + 1) / moment.total <= self.ratio
+
+    @property
+    def averages(self) -> bool:
+        """Whether what it adds is the same at all places, as that of a ControlNet for styles is."""
+        return bool(self.model.config.get("global_pool_conditions"))
 
 
 def load_control_nets(
@@ -139,24 +144,33 @@ class _ControlHooks(StepHooks):
         total: Mapping[str, Any] | None = None
         for net, guide in zip(self._nets, self._guides, strict=True):
             if net.works_at(moment):
-                total = add_control(total, _residuals(net, call, self._fitted(guide, call.noisy)))
+                # As diffusers has it: what changes both prompts alike at all places would not count for much.
+                rows = len(guide) if net.averages else len(call.noisy)
+                total = add_control(total, _residuals(net, call, self._fitted(guide, call.noisy.shape[-2:], rows)))
         return total
 
-    def _fitted(self, guide: Tensor, noisy: Tensor) -> Tensor:
-        """Return the guide for every row of the batch, smaller where the latents are smaller than the finished ones."""
-        hw = noisy.shape[-2:]
+    def _fitted(self, guide: Tensor, hw: tuple[int, ...], rows: int) -> Tensor:
+        """Return the guide for so many rows, smaller where the latents are smaller than the finished ones."""
         if tuple(hw) != self._latent_hw:
             downscale = guide.shape[-1] // self._latent_hw[1]
             guide = F.interpolate(guide, size=(hw[0] * downscale, hw[1] * downscale), mode="area")
-        return guide.repeat(noisy.shape[0] // guide.shape[0], 1, 1, 1)
+        return guide.repeat(rows // guide.shape[0], 1, 1, 1)
 
 
 def _residuals(net: ControlNet, call: DenoiserInput, guide: Tensor) -> dict[str, Any]:
-    noisy, hidden = call.noisy, call.condition.hidden
+    """Return what a ControlNet adds to the last rows, those that `guide` has; to the others it adds nothing."""
+    rows, others = len(guide), len(call.noisy) - len(guide)
+    noisy, t, hidden = (tensor[-rows:] for tensor in (call.noisy, call.t, call.condition.hidden))
     if not torch.is_autocast_enabled(noisy.device.type):
         noisy, hidden, guide = (tensor.to(net.model.dtype) for tensor in (noisy, hidden, guide))
-    down, middle = net.model(noisy, call.t, hidden, guide, net.multiplier, return_dict=False)
+    down, middle = net.model(noisy, t, hidden, guide, net.multiplier, return_dict=False)
+    if others:
+        down, middle = [_after_zeros(tensor, others) for tensor in down], _after_zeros(middle, others)
     return {"down_block_additional_residuals": tuple(down), "mid_block_additional_residual": middle}
+
+
+def _after_zeros(tensor: Tensor, rows: int) -> Tensor:
+    return torch.cat([tensor.new_zeros(rows, *tensor.shape[1:]), tensor])
 
 
 def _pixels(guide: Image, size_wh: tuple[int, int], prepare: Prepare) -> Tensor:

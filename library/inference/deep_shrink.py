@@ -6,6 +6,7 @@ made smaller in front of one downward block; on the way up they are brought to t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -17,13 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from library.errors import UserError
-from library.inference.extensions import Extension, StepHooks
+from library.inference.extensions import Extension, Remarks, StepHooks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from library.inference.extensions import BatchContext, DenoiserInput, Moment, PictureInputs
     from library.inference.prompts import PromptRequest
+
+logger = logging.getLogger(__name__)
 
 _TIMESTEP = 650
 _DEPTHS = ("depth_1", "depth_2")
@@ -78,6 +81,7 @@ class DeepShrinking(Extension):
         self._settings = settings
         self._unet: Any = unet
         self._copies: Sequence[Any] = copies
+        self._remarks = Remarks(logger)
 
     def batch_key(self, request: PromptRequest, inputs: PictureInputs) -> DeepShrink:
         """Return the settings of a picture.
@@ -93,7 +97,19 @@ class DeepShrinking(Extension):
                 raise UserError(
                     f"deep shrink at depth {depth}: the U-Net has {blocks} blocks", hint, where=request.where
                 )
+        self._remark(request, settings)
         return settings
+
+    def _remark(self, request: PromptRequest, settings: DeepShrink) -> None:
+        """Warn about what was set and has no effect."""
+        said = request.deep_shrink
+        if settings.depth_1 is None:
+            if said and "depth_1" not in said:
+                self._remarks.warn(request.where, "deep shrink is off without --dsd1 or --ds_depth_1")
+        elif settings.depth_2 is not None and settings.timesteps_2 >= settings.timesteps_1:
+            what = f"deep shrink at depth {settings.depth_2} has no effect: it would begin below timestep"
+            ends = f"{settings.timesteps_1:g} and end at {settings.timesteps_2:g}, so lower the latter"
+            self._remarks.warn(request.where if said else "", f"{what} {ends} (--ds_timesteps_2)")
 
     @contextmanager
     def begin(self, batch: BatchContext) -> Iterator[StepHooks]:
@@ -133,15 +149,20 @@ class _ShrinkHooks(StepHooks):
 
 
 def _shrunk(features: Tensor, ratio: float) -> Tensor:
-    height, width = (max(1, int(side * ratio)) for side in features.shape[-2:])
-    return _resized(features, (height, width))
+    sides = [int(side * ratio) for side in features.shape[-2:]]
+    if not all(sides):
+        return _resized(features, tuple(max(1, side) for side in sides))
+    # By the ratio, not to the size: places are counted so in sd-scripts, which matters where a side is odd.
+    return features if ratio == 1 else _bicubic(features, scale_factor=ratio)
 
 
 def _resized(features: Tensor, hw: tuple[int, ...]) -> Tensor:
-    if tuple(features.shape[-2:]) == tuple(hw):
-        return features
+    return features if tuple(features.shape[-2:]) == tuple(hw) else _bicubic(features, size=hw)
+
+
+def _bicubic(features: Tensor, **target: Any) -> Tensor:
     # In float32: bicubic interpolation does not know every type on every device.
-    return F.interpolate(features.float(), size=hw, mode="bicubic", align_corners=False).to(features.dtype)
+    return F.interpolate(features.float(), **target, mode="bicubic", align_corners=False).to(features.dtype)
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import logging
+
     import torch
     from PIL.Image import Image
     from torch import Tensor
@@ -158,6 +160,21 @@ class Extension:
     def finish(self, request: PromptRequest, inputs: PictureInputs, picture: Image) -> Image:
         """Return the finished picture, for example with kept parts pasted in."""
         return picture
+
+
+class Remarks:
+    """Warnings of an extension, each given once, however many pictures it holds for."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._given: set[str] = set()
+
+    def warn(self, where: str, text: str) -> None:
+        """Warn, with the place that is at fault; none is named if `where` is empty."""
+        line = f"{where}: {text}" if where else text
+        if line not in self._given:
+            self._given.add(line)
+            self._logger.warning("%s", line)
 
 
 class HookChain(StepHooks):

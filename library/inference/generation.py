@@ -10,8 +10,14 @@ from typing import TYPE_CHECKING
 
 from library.errors import Problem, UserError
 from library.inference import loading
-from library.inference.generation_networks import check_networks, load_embeddings, network_sources, prepare_networks
-from library.inference.making import gradual_latent, make_maker, make_renderer
+from library.inference.generation_networks import (
+    check_networks,
+    load_embeddings,
+    network_sources,
+    prepare_networks,
+    read_embeddings,
+)
+from library.inference.making import make_maker, make_renderer
 from library.inference.outputs import PictureFolder
 from library.inference.picture_inputs import InputPictures
 from library.inference.prompt_run import PromptPlan, PromptRun
@@ -36,11 +42,11 @@ def generate(opts: GenerationOptions) -> None:
         UserError: something is missing or does not fit; or, at the end, some pictures could not be made.
         StopTraining: Ctrl-C, or a picture could not be saved.
     """
-    gradual_latent(opts)  # what cannot be read is told before a model is loaded
     path = loading.find_checkpoint(opts.model.ckpt or "")
     spec = loading.recognise(path, opts.model)
     sources = network_sources(opts.networks)
     check_networks(sources, spec, show_metadata=opts.networks.network_show_meta)
+    embeddings = read_embeddings(opts.networks.textual_inversion_embeddings)
     attached = len(sources) > opts.networks.merged_count
     inputs = InputPictures(opts, with_networks=attached)
     prompts = _known_prompts(opts, inputs)
@@ -49,7 +55,7 @@ def generate(opts: GenerationOptions) -> None:
     device, dtype = loading.choose_device(), loading.precision(opts.speed)
     family = loading.load_family(opts, path, spec, device)
     family.vae.work_in(slices=opts.speed.vae_slices or 1, channels_last=opts.speed.opt_channels_last)
-    load_embeddings(family, opts.networks.textual_inversion_embeddings)
+    load_embeddings(family, embeddings)
     pre_calculate = opts.networks.network_pre_calc and not inputs.regional
     if opts.networks.network_pre_calc and inputs.regional:
         logger.warning("--network_pre_calc has no effect: networks with regions cannot be part of the weights")
@@ -62,18 +68,20 @@ def generate(opts: GenerationOptions) -> None:
     logger.info("seed of the run: %d", run.seed)
     if opts.source.interactive:
         # Who types a prompt wants to see its pictures before the next one, whatever the batch size.
-        for number, group in enumerate(run.groups()):
-            studio.draw(_pictures(studio, inputs, number, group))
+        for group in run.groups():
+            studio.draw(_pictures(studio, inputs, run.prompts_before, group))
     else:
         studio.draw(
-            picture for number, group in enumerate(run.groups()) for picture in _pictures(studio, inputs, number, group)
+            picture for group in run.groups() for picture in _pictures(studio, inputs, run.prompts_before, group)
         )
     _conclude(folder, studio, run)
 
 
 def defaults(opts: GenerationOptions) -> PromptRequest:
-    """Return what prompts leave open."""
+    """Return what prompts leave open; a side of 0 follows from the picture of `--image_path`."""
     width, height = opts.sampling.size_wh
+    if opts.images.image_path and not (opts.sampling.W and opts.sampling.H):
+        width, height = opts.sampling.W or 0, opts.sampling.H or 0
     return PromptRequest(
         prompt="",
         width=width,
@@ -87,12 +95,14 @@ def defaults(opts: GenerationOptions) -> PromptRequest:
 
 
 def _plan(options: PromptSourceOptions) -> PromptPlan:
+    if options.interactive and (options.n_iter > 1 or options.shuffle_prompts):
+        logger.warning("--n_iter and --shuffle_prompts have no effect: prompts are drawn once, as they are typed")
     return PromptPlan(
         seed=options.seed,
-        n_iter=options.n_iter,
+        n_iter=1 if options.interactive else options.n_iter,
         images_per_prompt=options.images_per_prompt,
         iter_same_seed=options.iter_same_seed,
-        shuffle_prompts=options.shuffle_prompts,
+        shuffle_prompts=options.shuffle_prompts and not options.interactive,
     )
 
 
@@ -116,10 +126,10 @@ def _asked_prompts(opts: GenerationOptions, renderer: DiffusionRenderer, bank: N
 
 def _ask() -> str:
     """Read a prompt from standard input; Ctrl-C while nothing is drawn means the same as its end."""
-    if sys.stdin.isatty():
-        sys.stderr.write("\nprompt (Ctrl-D ends): ")
-        sys.stderr.flush()
     try:
+        if sys.stdin.isatty():
+            sys.stderr.write("\nprompt (Ctrl-D ends): ")
+            sys.stderr.flush()
         line = sys.stdin.readline()
     except KeyboardInterrupt:
         raise EOFError from None

@@ -5,19 +5,22 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.errors import UserError
-from library.models.network_files import KohyaFile, load_network_weights, merge_networks
-from library.models.network_module import MODULES, calling, import_network_module
+from library.checkpoints.headers import read_header
+from library.checkpoints.hypernetwork_file import read_hypernetwork
+from library.errors import Problem, UserError, raise_problems
+from library.models.network_files import KohyaFile, load_readable, merge_networks
+from library.models.network_module import HYPERNETWORK, MODULES, argument_problems, calling, import_network_module
 
 if TYPE_CHECKING:
     import torch
 
+    from library.checkpoints.embedding_file import Embedding
     from library.contracts import FamilySpec
     from library.inference.options import NetworkUseOptions
     from library.inference.prompts import PromptRequest
@@ -74,7 +77,7 @@ def network_sources(options: NetworkUseOptions) -> list[NetworkSource]:
 
 
 def check_networks(sources: Sequence[NetworkSource], spec: FamilySpec, *, show_metadata: bool = False) -> None:
-    """Look at modules and headers of files before the model is loaded.
+    """Look at modules, their arguments and headers of files before the model is loaded.
 
     Args:
         sources: the networks.
@@ -82,20 +85,45 @@ def check_networks(sources: Sequence[NetworkSource], spec: FamilySpec, *, show_m
         show_metadata: write what the files say about themselves to the log.
 
     Raises:
-        UserError: a module cannot be imported, or a file is damaged or for another model.
+        UserError: a module cannot be imported or refuses an argument, or a file is damaged or for another model.
     """
+    problems: list[Problem] = []
+    for source in sources:
+        module = import_network_module(source.module)
+        problems += argument_problems(source.module, module, None, None, source.arguments)
+        metadata = _check_file(source, spec)
+        if show_metadata:
+            text = json.dumps(dict(metadata), indent=2, ensure_ascii=False, sort_keys=True)
+            logger.info("metadata of %s: %s", source.path, text)
+    raise_problems(problems)
+
+
+def _check_file(source: NetworkSource, spec: FamilySpec) -> Mapping[str, str]:
+    """Return what the file says about itself, if it is one for this module and model."""
     from library.checkpoints.lora_file import inspect_lora, require_base, require_layers
 
-    for source in sources:
-        import_network_module(source.module)
-        if source.foreign:
-            continue
+    if source.module == HYPERNETWORK:
+        return read_hypernetwork(source.path).metadata
+    if source.foreign:
+        return read_header(source.path).metadata if source.path.lower().endswith(".safetensors") else {}
+    try:
         info = inspect_lora(source.path)
-        require_base(info, spec.name, _OPTION)
-        require_layers(info, _OPTION)
-        if show_metadata:
-            text = json.dumps(dict(info.metadata), indent=2, ensure_ascii=False, sort_keys=True)
-            logger.info("metadata of %s: %s", source.path, text)
+    except UserError as error:
+        if _is_hypernetwork(source.path):
+            hint = f"Give --network_module {HYPERNETWORK}."
+            raise UserError("is a hypernetwork", hint, where=f"{_OPTION} {source.path}") from error
+        raise
+    require_base(info, spec.name, _OPTION)
+    require_layers(info, _OPTION)
+    return info.metadata
+
+
+def _is_hypernetwork(path: str) -> bool:
+    try:
+        read_hypernetwork(path)
+    except UserError:
+        return False
+    return True
 
 
 @dataclass(slots=True)
@@ -158,6 +186,7 @@ class NetworkBank:
         """Give every network its strength, which it keeps until it is given another."""
         if wanted == self._current:
             return
+        self._current = None  # should one of them refuse, the others have changed all the same
         calculated = [item for item in self._attached if item.calculated]
         for item in calculated:
             item.network.restore_weights()
@@ -198,40 +227,44 @@ def _merge(family: ModelFamily, source: NetworkSource) -> None:
         merge_networks(family, [(source.path, source.strength)], _OPTION)
         return
     where = f"--network_module {source.module}"
-    network, weights = _create(family, source)
-    with calling(source.module, "merge_to"):
+    with _readable(family, source) as readable, calling(source.module, "merge_to"):
+        network, weights = _create(family, source, readable)
         if not hasattr(network, "merge_to") or not getattr(network, "is_mergeable", lambda: True)():
             raise UserError("its network cannot be merged", "Leave out --network_merge.", where=where)
         network.merge_to(_text_encoder(family), family.denoiser, weights, None, None)
 
 
 def _attach(family: ModelFamily, source: NetworkSource, dtype: torch.dtype, *, pre_calculate: bool) -> _Attached:
-    network, _ = _create(family, source)
     where = f"--network_module {source.module}"
-    missing = [method for method in _METHODS if not callable(getattr(network, method, None))]
-    if missing:
-        raise UserError(f"its network has no method {missing[0]}", where=where)
-    with calling(source.module, "apply_to"):
-        network.apply_to(_text_encoder(family), family.denoiser, True, True)  # noqa: FBT003 - the protocol's signature
-    with calling(source.module, "load_weights"):
-        load_network_weights(network, source.path, family.spec.name, foreign=source.foreign)
+    with _readable(family, source) as readable:
+        network, _ = _create(family, source, readable)
+        missing = [method for method in _METHODS if not callable(getattr(network, method, None))]
+        if missing:
+            raise UserError(f"its network has no method {missing[0]}", where=where)
+        with calling(source.module, "apply_to"):
+            network.apply_to(_text_encoder(family), family.denoiser, True, True)  # noqa: FBT003 - the protocol
+        with calling(source.module, "load_weights"):
+            load_readable(network, readable, source.path)
     network.to(device=next(family.denoiser.parameters()).device, dtype=dtype)
     network.requires_grad_(False).eval()
     needed = ("backup_weights", "restore_weights", "pre_calculation", "set_enabled")
     calculated = pre_calculate and all(hasattr(network, name) for name in needed)
     if calculated:
         network.backup_weights()
+        # Later it could not leave layers that a network of another kind was attached to after it.
+        network.set_enabled(False)
     elif pre_calculate:
         logger.warning("--network_pre_calc has no effect on %s: %s cannot do that", source.path, source.module)
     return _Attached(source, network, calculated)
 
 
-def _create(family: ModelFamily, source: NetworkSource) -> tuple[Any, Any]:
+def _readable(family: ModelFamily, source: NetworkSource) -> KohyaFile:
+    return KohyaFile(source.path, family.spec.name, _OPTION, foreign=source.foreign)
+
+
+def _create(family: ModelFamily, source: NetworkSource, readable: Path) -> tuple[Any, Any]:
     module = importlib.import_module(source.module)  # which has been looked at before
-    with (
-        calling(source.module, "create_network_from_weights"),
-        KohyaFile(source.path, family.spec.name, _OPTION, foreign=source.foreign) as readable,
-    ):
+    with calling(source.module, "create_network_from_weights"):
         network, weights = module.create_network_from_weights(
             source.strength,
             str(readable),
@@ -252,19 +285,36 @@ def _text_encoder(family: ModelFamily) -> Any:
     return encoders[0] if len(encoders) == 1 else list(encoders)
 
 
-def load_embeddings(family: ModelFamily, paths: Sequence[str]) -> None:
-    """Teach the model the words of `--textual_inversion_embeddings`: each file's name without suffix.
+def read_embeddings(paths: Sequence[str]) -> dict[str, Embedding]:
+    """Return the embeddings of `--textual_inversion_embeddings` by their paths, before the model is loaded.
 
     Raises:
-        UserError: a file is no embedding or is for another model, or its word is known already.
+        UserError: holds a problem for every file that is no embedding.
     """
     from library.checkpoints.embedding_file import read_embedding
+
+    found: dict[str, Embedding] = {}
+    problems: list[Problem] = []
+    for path in paths:
+        try:
+            found[path] = read_embedding(path)
+        except UserError as error:
+            problems += error.problems
+    raise_problems(problems)
+    return found
+
+
+def load_embeddings(family: ModelFamily, embeddings: Mapping[str, Embedding]) -> None:
+    """Teach the model words: each file's name without suffix.
+
+    Raises:
+        UserError: an embedding is for another model, or its word is known already.
+    """
     from library.models.token_rows import add_words, embedding_widths
 
     widths = embedding_widths(family)
-    for path in paths:
+    for path, embedding in embeddings.items():
         where = f"--textual_inversion_embeddings {path}"
-        embedding = read_embedding(path)
         word = Path(path).stem
         for rows in add_words(family, {word: embedding.rows_for(widths, where)}, where=where, may_hide=True):
             rows.requires_grad_(False)

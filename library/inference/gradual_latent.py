@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from library.errors import UserError
-from library.inference.extensions import Extension, StepHooks
+from library.inference.extensions import Extension, Remarks, StepHooks
+from library.inference.prompt_options import UnusableValue, unsharp_numbers
 
 if TYPE_CHECKING:
     from library.inference.extensions import BatchContext, Moment, PictureInputs
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 SAMPLERS = ("euler_a", "k_euler_a")
 OPTION = "--gradual_latent_timesteps"
 _SIDE_STEP = 8
-_MOST_KERNEL = 99
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,9 @@ class Unsharp:
         window = torch.exp(-0.5 * (places / self.sigma) ** 2)
         window = (window / window.sum()).expand(latents.shape[1], 1, 1, -1)
         half = self.kernel // 2
-        blurred = F.pad(latents, (half, half, half, half), mode="reflect")
+        # A picture smaller than the window cannot be mirrored at its border.
+        how = "reflect" if half < min(latents.shape[-2:]) else "replicate"
+        blurred = F.pad(latents, (half, half, half, half), mode=how)
         for turned in (window, window.transpose(2, 3)):
             blurred = F.conv2d(blurred, turned, groups=latents.shape[1])
         return latents + self.strength * (latents - blurred)
@@ -65,18 +67,11 @@ def read_unsharp(text: str | None, where: str = "") -> Unsharp | None:
     Raises:
         UserError: it is something else.
     """
-    if text is None or text.strip().lower() == "none":
-        return None
     try:
-        kernel, sigma, strength, *target = (float(item) for item in text.split(","))
-        made = Unsharp(int(kernel), sigma, strength, bool(target[0]) if target else True)
-        good = len(target) < 2 and kernel == made.kernel and made.kernel % 2 and 3 <= kernel <= _MOST_KERNEL
-    except ValueError:
-        good = False
-    if not good or not made.sigma > 0:
-        hint = "Write an odd kernel size, sigma, strength and 1 or 0, such as 3,0.5,0.5,1."
-        raise UserError(f"unsharp parameters {text!r} cannot be read", hint, where=where)
-    return made
+        found = None if text is None else unsharp_numbers(text)
+    except UnusableValue as error:
+        raise UserError(f"unsharp parameters {text!r} cannot be read", f"Write {error}.", where=where) from None
+    return None if found is None else Unsharp(*found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +142,7 @@ class GradualLatents(Extension):
     def __init__(self, settings: GradualLatent) -> None:
         """Take what holds without a word in the prompt."""
         self._settings = settings
-        self._noted = False
+        self._remarks = Remarks(logger)
 
     def batch_key(self, request: PromptRequest, inputs: PictureInputs) -> GradualLatent | None:
         """Return the settings of a picture; None: it has its full size from the start.
@@ -157,11 +152,11 @@ class GradualLatents(Extension):
         """
         settings = self._settings.changed_by(request)
         if settings.timesteps is None:
+            if request.gradual_latent:
+                self._remarks.warn(request.where, f"gradual latent is off without --glt or {OPTION}")
             return None
         if inputs.image is not None or inputs.latents is not None:
-            if not self._noted:
-                logger.warning("%s has no effect on pictures that start from another", OPTION)
-            self._noted = True
+            self._remarks.warn("", f"{OPTION} has no effect where a picture starts from another")
             return None
         if request.sampler.lower() not in SAMPLERS:
             what = f"gradual latent works with the sampler euler_a, not with {request.sampler}"

@@ -29,12 +29,9 @@ class Preparation:
     make: Callable[..., Prepare]
 
 
-def _edges(low: str, high: str) -> Prepare:
+def _edges(low: str | None, high: str | None) -> Prepare:
     """Return what finds edges with the Canny detector of OpenCV; white on black, on the colours as they are."""
-    thresholds = int(low), int(high)
-    if max(thresholds) > _BRIGHTEST:
-        raise ValueError(f"thresholds go from 0 to {_BRIGHTEST}")
-    return partial(_canny, thresholds=thresholds)
+    return partial(_canny, thresholds=(int(low or _LOW), int(high or _HIGH)))
 
 
 def _canny(picture: Image, thresholds: tuple[int, int]) -> Image:
@@ -46,11 +43,12 @@ def _canny(picture: Image, thresholds: tuple[int, int]) -> Image:
     return ImageModule.fromarray(np.repeat(found[:, :, None], 3, axis=2))
 
 
-_BRIGHTEST = 255
+_LOW, _HIGH = 63, 191
+"""Thresholds that are not given, as in sd-scripts."""
 
 PREPARATIONS: tuple[Preparation, ...] = (
     Preparation("none", r"none", lambda: lambda picture: picture),
-    Preparation("canny_LOW_HIGH", r"canny_(\d{1,3})_(\d{1,3})", _edges),
+    Preparation("canny_LOW_HIGH", r"canny(?:_(\d{1,4})(?:_(\d{1,4}))?)?", _edges),
 )
 """Every kind; a further one is a further row."""
 
@@ -59,16 +57,13 @@ def preparation(text: str) -> Prepare:
     """Return the preparation that `--control_net_preps` names.
 
     Raises:
-        UserError: there is none of this name, or its numbers are out of range.
+        UserError: there is none of this name.
     """
     known = " or ".join(row.written for row in PREPARATIONS)
     for row in PREPARATIONS:
-        match = re.fullmatch(row.pattern, text.strip())
+        match = re.fullmatch(row.pattern, text.strip(), re.IGNORECASE | re.ASCII)
         if match is not None:
-            try:
-                return row.make(*match.groups())
-            except ValueError as error:
-                raise UserError(f"{text!r}: {error}", where=PREPARATIONS_OPTION) from error
+            return row.make(*match.groups())
     raise UserError(f"{text!r} is not known", f"Write {known}, such as canny_63_191.", where=PREPARATIONS_OPTION)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +23,6 @@ from library.inference.image_to_image import (
     levels_of,
     noised,
     picture_latents,
-    read_picture,
     skip_to_strength,
     strength_of,
 )
@@ -34,15 +32,6 @@ if TYPE_CHECKING:
 
     from library.inference.extensions import BatchContext, Moment, PictureInputs
     from library.inference.prompts import PromptRequest
-
-
-def read_mask(path: str | Path) -> Image:
-    """Read a mask, upright by its EXIF orientation, as grey levels: white is painted anew.
-
-    Raises:
-        BadImage: the file is missing or no picture (a `UserError`).
-    """
-    return read_picture(path).convert("L")
 
 
 class Inpainting(Extension):

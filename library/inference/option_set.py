@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -56,7 +57,28 @@ class GenerationOptions(OptionSet):
         if images.mask_path and not images.image_path and not self.networks.network_weights:
             what = "is a mask of --image_path, or of the regions of --network_weights, and there is neither"
             yield Problem("--mask_path", what)
+        yield from self._check_regions()
+        yield from _check_processes()
+
+    def _check_regions(self) -> Iterator[Problem]:
+        """A network that is part of the model's weights acts everywhere."""
+        networks, images = self.networks, self.images
+        merged = networks.merged_count
+        if not images.mask_path or not merged or merged < len(networks.network_weights):
+            return
+        option = "--network_merge" if networks.network_merge else "--network_merge_n_models"
+        if not images.image_path:
+            hint = f"Leave out {option}, or --mask_path."
+            yield Problem("--mask_path", f"networks that {option} adds to the model have no regions", hint)
 
     def check_folders(self) -> Iterator[Problem]:
         """Make the folder for pictures and see that it can be written to."""
         return iter(check_writable_folder(self.files.outdir, f"--outdir {self.files.outdir}"))
+
+
+def _check_processes() -> Iterator[Problem]:
+    """Each process would draw everything, all of them into the same files."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        hint = "Start it with python; for several GPUs once for each (CUDA_VISIBLE_DEVICES), with prompts of its own."
+        yield Problem("", f"this script draws in one process, not in {processes}", hint)

@@ -133,7 +133,10 @@ class PromptSourceOptions(OptionGroup, title="prompts"):
     n_iter: int = opt(1, at_least=1, help="How often all prompts are drawn.")
     images_per_prompt: int = opt(1, at_least=1, help="Pictures for each prompt, with different seeds.")
     seed: int | None = opt(
-        None, at_least=0, help="Seed that the seeds of pictures without one (--d) are made from. Default: a random one."
+        None,
+        at_least=0,
+        at_most=2**64 - 1,
+        help="Seed that the seeds of pictures without one (--d) are made from. Default: a random one.",
     )
     iter_same_seed: bool = opt(
         False,
@@ -181,8 +184,12 @@ def side(value: Any) -> int:
 class SamplingOptions(OptionGroup, title="sampling"):
     """How noise becomes a picture. Options of a prompt line (--w, --h, --s, --l, --nl, --d) win over these."""
 
-    W: int | None = opt(None, convert=side, help="Width in pixels. Default: 512.")
-    H: int | None = opt(None, convert=side, help="Height in pixels. Default: 512.")
+    W: int | None = opt(
+        None, convert=side, help="Width in pixels, cut down to a multiple of 8. Default: 512, or that of --image_path."
+    )
+    H: int | None = opt(
+        None, convert=side, help="Height in pixels, cut down to a multiple of 8. Default: 512, or that of --image_path."
+    )
     steps: int = opt(50, at_least=1, at_most=1000, help="Denoising steps.")
     scale: float = opt(7.5, help="How much the prompt counts (guidance scale); from 0 to 1 there is no guidance.")
     negative_scale: float | None = opt(

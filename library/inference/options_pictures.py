@@ -5,13 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from library.errors import Problem, UserError
 from library.inference.guides import preparation
+from library.inference.prompt_options import UnusableValue, unsharp_numbers
 from library.option_groups import OptionGroup, opt
+from library.option_values import BadValue
 
 _LARGE = {"highres_fix_scale": ()}
 _SDXL = "SDXL only"
+_DEEPEST = 3
+"""Blocks of the U-Nets of Stable Diffusion count from 0."""
+
+
+def unsharp(value: Any) -> str:
+    """Read the parameters of sharpening, which stay text.
+
+    Raises:
+        BadValue: they are no such parameters.
+    """
+    try:
+        unsharp_numbers(value)
+    except UnusableValue as error:
+        raise BadValue(f"takes {error}, not {value!r}") from None
+    return str(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +111,20 @@ class DeepShrinkOptions(OptionGroup, title="deep shrink"):
     """Smaller features in the first steps, so that large pictures keep one composition."""
 
     ds_depth_1: int | None = opt(
-        None, at_least=0, help="Depth of the U-Net, from 0, at which features shrink. Switches deep shrink on."
+        None,
+        at_least=0,
+        at_most=_DEEPEST,
+        help="Depth of the U-Net, from 0 to 3, at which features shrink. Switches deep shrink on.",
     )
     ds_timesteps_1: int = opt(
         650, at_least=0, at_most=1000, matters_when={"ds_depth_1": ()}, help="Shrink down to this timestep."
     )
     ds_depth_2: int | None = opt(
-        None, at_least=0, matters_when={"ds_depth_1": ()}, help="Depth at which features shrink after --ds_timesteps_1."
+        None,
+        at_least=0,
+        at_most=_DEEPEST,
+        matters_when={"ds_depth_1": ()},
+        help="Depth at which features shrink after --ds_timesteps_1.",
     )
     ds_timesteps_2: int = opt(
         650, at_least=0, at_most=1000, matters_when={"ds_depth_2": ()}, help="Shrink at --ds_depth_2 down to this one."
@@ -134,6 +159,7 @@ class GradualLatentOptions(OptionGroup, title="gradual latent"):
     )
     gradual_latent_unsharp_params: str | None = opt(
         None,
+        convert=unsharp,
         matters_when={"gradual_latent_timesteps": ()},
         help="Sharpen enlarged latents: kernel size, sigma, strength and whether the target is sharpened (1 or 0), "
         "such as 3,0.5,0.5,1.",

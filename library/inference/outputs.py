@@ -69,13 +69,15 @@ class PictureFolder:
             return _unused(self.path / f"{safe_name(request.file_name)}{'_first' if stage == '0' else ''}")
         if self._options.use_original_file_name and origin is not None:
             return _unused(self.path / f"{safe_name(origin.name)}{'_first' if stage == '0' else ''}")
-        number = self._next
-        if stage != "0":
-            self._next += 1
         if self._options.sequential_file_name:
-            return self.path / f"im_{stage}{number:06d}.png"
-        now = time.strftime("%Y%m%d%H%M%S")
-        return _unused(self.path / f"im_{now}_{stage}{number:03d}_{request.seed}")
+            while (path := self.path / f"im_{stage}{self._next:06d}.png").exists():
+                self._next += 1  # another run writes into the folder at the same time
+        else:
+            now = time.strftime("%Y%m%d%H%M%S")
+            path = _unused(self.path / f"im_{now}_{stage}{self._next:03d}_{request.seed}")
+        if stage != "0":
+            self._next += 1  # the first picture of a highres fix shares the number of the second
+        return path
 
 
 def safe_name(name: str) -> str:

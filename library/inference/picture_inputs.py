@@ -9,11 +9,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.data.images import image_header
 from library.data.jobs import find_pictures
 from library.errors import UserError
 from library.inference.extensions import PictureInputs
 from library.inference.guides import guide_sets
-from library.inference.image_to_image import DEFAULT_STRENGTH, read_picture, size_from
+from library.inference.image_to_image import DEFAULT_STRENGTH, SIDE_STEP, read_picture, size_from
 from library.inference.png_info import read_prompt
 from library.inference.prompt_files import PromptEntry
 from library.inference.studio import Picture
@@ -42,19 +43,25 @@ class InputPictures:
     """
 
     def __init__(self, opts: GenerationOptions, *, with_networks: bool) -> None:
-        self._sizes = opts.sampling
+        self._own: dict[str, int] = {}
         self._images = listed(opts.images.image_path)
         self._masks = listed(opts.images.mask_path)
-        guides = opts.control.guide_image_path or tuple(filter(None, [opts.images.image_path]))
         nets = len(opts.control.control_net_models)
-        self._guides = guide_sets([listed(path) for path in guides], nets) if nets else []
+        guides = [listed(path) for path in opts.control.guide_image_path]
+        if not guides and self._images:
+            guides = [self._images] * nets  # what a prompt starts from is what all of them look at
+        self._guides = guide_sets(guides, nets) if nets else []
         if nets and not self._guides:
             logger.warning("--control_net_models has no effect on prompts without --cn: there is no --guide_image_path")
         self._nets = nets
-        self._regional = with_networks and bool(self._masks) and self._holds_regions()
+        self._regional = bool(self._masks) and self._holds_regions(with_networks=with_networks)
+        if self._masks and opts.networks.network_weights and not with_networks and is_coloured(opened(self._masks[0])):
+            logger.warning("--mask_path is coloured, but merged networks have no regions: it says what is painted anew")
 
-    def _holds_regions(self) -> bool:
+    def _holds_regions(self, *, with_networks: bool) -> bool:
         """Tell a mask of regions from one that says what is to be painted: by its colours, where both are possible."""
+        if not with_networks:
+            return False
         if not self._images:
             return True
         coloured = is_coloured(opened(self._masks[0]))
@@ -71,12 +78,14 @@ class InputPictures:
         """Return what is to be made for the pictures of one prompt.
 
         Args:
-            number: how many prompts came before: pictures are taken in turn.
-            requests: the pictures of the prompt.
+            number: how many prompts came before, bad ones included: pictures are taken in turn. A prompt that was read
+                from a picture belongs to that one.
+            requests: the pictures of the prompt; a side of 0 is one that nobody asked for.
 
         Raises:
             UserError: a picture cannot be read or is too small.
         """
+        number = self._own.get(requests[0].where, number)
         origin = _in_turn(self._images, number)
         image = None if origin is None else opened(origin)
         mask_path = _in_turn(self._masks, number)
@@ -98,12 +107,18 @@ class InputPictures:
         return self._guides[number % len(self._guides)] if self._guides else ()
 
     def _sized(self, request: PromptRequest, image: Image | None, where: str) -> PromptRequest:
-        """Give a picture that is made from another the other's size, unless a size was asked for, and a strength."""
+        """Give a picture that is made from another its strength, and the sides that nobody asked for."""
         if image is None:
             return request
         request = replace(request, strength=DEFAULT_STRENGTH if request.strength is None else request.strength)
-        if (self._sizes.W and self._sizes.H) or (request.width, request.height) != self._sizes.size_wh:
+        width, height = request.width, request.height
+        if width and height:
             return request
+        if width or height:
+            across, down = image.size
+            return replace(
+                request, width=width or _side(height * across / down), height=height or _side(width * down / across)
+            )
         width, height = size_from(image, where)
         return replace(request, width=width, height=height)
 
@@ -114,29 +129,57 @@ class InputPictures:
             UserError: one of them does not tell its prompt, which would shift all that follow.
         """
         entries = []
-        for path in self._images:
+        for number, path in enumerate(self._images):
             found = read_prompt(path)
             if found is None:
                 what = "says nothing about a prompt"
                 raise UserError(what, "Give a prompt with --prompt or --from_file.", where=f"--image_path {path}")
+            self._own[str(path)] = number
             entries.append(PromptEntry(str(path), {"prompt": found[0], "negative_prompt": found[1]}))
         return entries
 
 
 def listed(path: str | None) -> list[Path]:
-    """Return the picture, or the pictures in the folder, that a path means; None means nothing."""
+    """Return the picture, or the pictures in the folder, that a path means; None means nothing.
+
+    Raises:
+        UserError: none of them can be opened. One of several that cannot only costs the prompts whose turn it is.
+    """
     if path is None:
         return []
-    return find_pictures(Path(path), recursive=False) if Path(path).is_dir() else [Path(path)]
+    found = find_pictures(Path(path), recursive=None) if Path(path).is_dir() else [Path(path)]
+    first: UserError | None = None
+    for one in found:
+        try:
+            image_header(one)
+        except UserError as error:
+            first = first or error
+        else:
+            return found
+    raise first or UserError("holds no pictures", where=path)
 
 
 def _in_turn(paths: Sequence[Path], number: int) -> Path | None:
     return paths[number % len(paths)] if paths else None
 
 
-@lru_cache(maxsize=8)
+def _side(length: float) -> int:
+    """Return a side of this length, cut down to a step that sides have."""
+    return max(SIDE_STEP, int(length / SIDE_STEP + 1e-6) * SIDE_STEP)
+
+
 def opened(path: Path) -> Image:
     """Read a picture as RGB, upright; the last ones are kept, since several prompts may start from one."""
+    try:
+        changed = path.stat().st_mtime_ns
+    except OSError:
+        changed = 0  # reading it says what is wrong
+    return _opened(path, changed)
+
+
+@lru_cache(maxsize=8)
+def _opened(path: Path, changed: int) -> Image:
+    """Read a picture, once for each time that it changed: who types prompts may paint the next mask meanwhile."""
     return read_picture(path)
 
 

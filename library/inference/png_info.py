@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.errors import UserError
+from library.data.images import carried_texts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,7 +46,7 @@ def png_bytes(image: Image, request: PromptRequest, *, facts: Mapping[str, objec
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
-    for key, value in picture_texts(request).items():
+    for key, value in request_texts(request).items():
         info.add_text(key, value)
     info.add_text(PARAMETERS, parameters_text(request, image.size, facts or {}))
     buffer = BytesIO()
@@ -54,7 +54,7 @@ def png_bytes(image: Image, request: PromptRequest, *, facts: Mapping[str, objec
     return buffer.getvalue()
 
 
-def picture_texts(request: PromptRequest) -> dict[str, str]:
+def request_texts(request: PromptRequest) -> dict[str, str]:
     """Return the text chunks of a picture; what was not asked for is left out."""
     texts = {
         "prompt": request.prompt,
@@ -101,9 +101,9 @@ def read_prompt(path: Path) -> tuple[str, str] | None:
     """Return prompt and negative prompt that a PNG was made from, here or in a web interface; None if it does not tell.
 
     Raises:
-        UserError: the file is no picture.
+        BadImage: the file is no picture.
     """
-    texts = _texts(path)
+    texts = carried_texts(path, behind_pixels=True)
     if "prompt" in texts:
         return texts["prompt"], texts.get("negative-prompt", "")
     if PARAMETERS in texts:
@@ -119,19 +119,3 @@ def split_parameters(text: str) -> tuple[str, str]:
     start = next((number for number, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
     negative = [line.removeprefix(_NEGATIVE) if number == 0 else line for number, line in enumerate(lines[start:])]
     return " ".join(lines[:start]).strip(), " ".join(negative).strip()
-
-
-def _texts(path: Path) -> dict[str, str]:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            if image.format == "PNG":
-                image.load()  # text may stand behind the pixels
-            return dict(_strings(image.info))
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
-        raise UserError(f"cannot be read as a picture ({error})", where=str(path)) from error
-
-
-def _strings(info: Mapping[object, object]) -> Iterator[tuple[str, str]]:
-    return ((str(key), str(value)) for key, value in info.items() if isinstance(value, str))

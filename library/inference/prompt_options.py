@@ -24,6 +24,7 @@ _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _MAX_SEED = 2**64 - 1
 _MAX_SEEDS = 100_000
 _SIDE_STEP, _MIN_SIDE = 8, 64
+_MOST_KERNEL = 99
 
 
 class UnusableValue(Exception):
@@ -178,14 +179,31 @@ def _file_name(value: Any) -> str:
     return name
 
 
+def unsharp_numbers(value: Any) -> tuple[int, float, float, bool] | None:
+    """Read kernel size, sigma, strength and, if wanted, whether the target is sharpened; None: nothing is.
+
+    Raises:
+        UnusableValue: it is something else, or a kernel without middle.
+    """
+    text = _unspaced(value)
+    if text == "none":
+        return None
+    number = r"([0-9]*\.?[0-9]+)"
+    found = re.fullmatch(rf"([0-9]+),{number},(-?){number}(?:,([01]))?", text) if len(text) <= _LONGEST_NUMBER else None
+    if found is not None:
+        kernel, sigma = int(found[1]), float(found[2])
+        if kernel % 2 and 3 <= kernel <= _MOST_KERNEL and sigma > 0:
+            return kernel, sigma, float(found[3] + found[4]), found[5] != "0"
+    raise UnusableValue("an odd kernel size, sigma, strength and 1 or 0, such as 3,0.5,0.5,1")
+
+
+def _unspaced(value: Any) -> str:
+    return "".join(_text(value).split()).lower()
+
+
 def _unsharp(value: Any) -> str:
-    """Kernel size, sigma, strength and, if wanted, whether the target is sharpened."""
-    text = "".join(_text(value).split())
-    if len(text) > _LONGEST_NUMBER or not re.fullmatch(
-        r"none|[0-9]+(,[0-9]*\.?[0-9]+){2}(,[01])?", text, re.IGNORECASE
-    ):
-        raise UnusableValue("kernel size, sigma, strength and 1 or 0, such as 3,0.5,0.5,1")
-    return text.lower()
+    unsharp_numbers(value)
+    return _unspaced(value)
 
 
 def _sampler(value: Any) -> str:

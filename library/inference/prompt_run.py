@@ -87,6 +87,8 @@ class PromptRun:
         """Of the run."""
         self.problems: list[Problem] = []
         """All that was wrong with prompts so far, each once."""
+        self.prompts_before = -1
+        """How many prompts, bad ones included, all rounds have read before the one whose pictures came last."""
 
     def __iter__(self) -> Iterator[PromptRequest]:
         """Yield the pictures of all prompts, each with its seed."""
@@ -107,6 +109,7 @@ class PromptRun:
             if self._plan.shuffle_prompts:
                 now.shuffler = python_random(self.seed, "prompt order", number)
             for index, entry in enumerate(self._source.entries(now)):
+                self.prompts_before += 1
                 group = self._group(entry, index, now)
                 if group:
                     pictures += len(group)
@@ -127,6 +130,10 @@ class PromptRun:
         ]
         if len(group) > 1 and all(request == group[0] for request in group[1:]):
             self._note(f"{entry.where}: its {len(group)} pictures are alike, they have the same seed")
+        unused = max((len(request.seeds) for request in group), default=0) - len(group)
+        if group and unused > 0:
+            left = "1 seed is" if unused == 1 else f"{unused} seeds are"
+            self._note(f"{entry.where}: {left} left over: --images_per_prompt says how many pictures there are")
         return group
 
     def _variants(self, entry: PromptEntry, rng: random.Random) -> list[PromptEntry]:

@@ -63,7 +63,7 @@ class RegionalPrompts(Extension):
         for number, network in enumerate(self._networks, start=1):
             if not hasattr(network, "limit_to"):
                 what = f"network {number} ({type(network).__module__}) cannot be limited to a region"
-                hint = "Use a module of networks.*, such as networks.lora, or leave out --mask_path."
+                hint = "Networks of networks.lora, loha, lokr, oft and the like can be; or leave out --mask_path."
                 raise UserError(what, hint, where=where)
 
     @contextmanager

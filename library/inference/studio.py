@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from library.cli import TRACEBACK_VARIABLE
 from library.errors import StopTraining, UserError
 from library.inference.diffusion import Watch
 from library.inference.extensions import NO_INPUTS, PictureInputs
@@ -97,7 +99,8 @@ class Studio:
                     self._save([picture], self._attempt([picture]) or ())
             if self._stop.requested is not None:
                 made = len(self._folder.written)
-                raise self._stop.stop(f"interrupted; {made} pictures are in {self._folder.path}")
+                made_text = "1 picture is" if made == 1 else f"{made} pictures are"
+                raise self._stop.stop(f"interrupted; {made_text} in {self._folder.path}")
 
     def _attempt(self, batch: Sequence[Picture]) -> Sequence[Stage] | None:
         """Return what was made, or None when it failed; the failure of a single picture is reported."""
@@ -110,15 +113,16 @@ class Studio:
         except StopTraining:
             raise
         except Exception as error:  # noqa: BLE001  full memory or a picture gone wrong must not end the others
-            logger.debug("the picture failed here", exc_info=True)
             if len(batch) == 1:
                 self._report(requests[0], error)
-            _free_memory()
-            return None
+        # Not before: the error holds on to everything that was in memory where it happened.
+        _free_memory()
+        return None
 
     def _save(self, batch: Sequence[Picture], stages: Sequence[Stage]) -> None:
-        for stage in stages:
-            for picture, request, image in zip(batch, stage.requests, stage.images, strict=True):
+        for place, picture in enumerate(batch):
+            for stage in stages:
+                request, image = stage.requests[place], stage.images[place]
                 path = self._folder.write(image, request, stage=stage.mark, origin=picture.origin)
                 logger.info("%s", path)
 
@@ -127,7 +131,9 @@ class Studio:
         place = f"{request.where}, seed {request.seed}" if request.where else f"seed {request.seed}"
         known = isinstance(error, UserError)
         what = str(error) if known else f"{type(error).__name__}: {error}"
-        logger.error("%s: no picture: %s", place, what.partition("\n")[0])
+        what = what.partition("\n")[0].removeprefix(f"{request.where}: ")
+        shown = not known and os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0")
+        logger.error("%s: no picture: %s", place, what, exc_info=error if shown else None)
 
 
 def _show(bar: Any, done: int, total: int) -> None:

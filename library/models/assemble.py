@@ -46,7 +46,11 @@ def build_module(
     with torch.device("meta"):
         module = make()
     _check_fit(module, tensors, what)
-    placed = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
+    placed = {
+        # Whole numbers, such as the step counts of batch norms, stay what they are.
+        name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+        for name, tensor in tensors.items()
+    }
     module.load_state_dict(placed, strict=True, assign=True)
     for holder in module.modules():
         _restore_buffers(holder, device)
@@ -98,7 +102,7 @@ def check_weights(tensors: Mapping[str, Tensor], where: str, *, allow_nan: bool)
     if bad:
         raise UserError(
             f"{len(bad)} tensors hold NaN or infinity ({_first(bad)})",
-            "The file is damaged, or its training failed. --allow_nan_weights loads it all the same, for research.",
+            "The file is damaged, or its training failed. Training loads it all the same with --allow_nan_weights.",
             where=where,
         )
     empty = all_zero({name: tensor for name, tensor in tensors.items() if not _starts_with_numbers(tensor)})

@@ -108,13 +108,22 @@ def load_network_weights(network: Any, path: str, family_name: str, *, foreign: 
     Raises:
         UserError: the file cannot be read or is for another model, or the module refuses it.
     """
-    where = f"--network_weights {path}"
     with KohyaFile(path, family_name, "--network_weights", foreign=foreign) as readable:
-        try:
-            info = network.load_weights(str(readable))
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise UserError(f"does not fit the network ({error})", "Try --dim_from_weights", where=where) from error
-    logger.info("%s: %s", where, info)
+        load_readable(network, readable, path, hint="Try --dim_from_weights")
+
+
+def load_readable(network: Any, readable: Path, path: str, *, hint: str = "") -> None:
+    """Load a file in a layout that network modules know, which `path` was brought to, into an attached network.
+
+    Raises:
+        UserError: the module refuses it; `hint` says what may help.
+    """
+    where = f"--network_weights {path}"
+    try:
+        info = network.load_weights(str(readable))
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"does not fit the network ({error})", hint, where=where) from error
+    logger.info("%s: %s", where, info or "loaded")
 
 
 class KohyaFile:

@@ -10,12 +10,13 @@ import importlib
 import importlib.util
 import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from library.cli import TRACEBACK_VARIABLE
 from library.errors import Problem, StopTraining, UserError
+from library.models import lycoris_args
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -79,6 +80,17 @@ def import_network_module(name: str) -> ModuleType:
         raise UserError(f"is no network module: it has no {' and no '.join(missing)}", where=where)
     logger.info("network module %s from %s", name, getattr(module, "__file__", "the interpreter"))
     return module
+
+
+def argument_problems(
+    name: str, module: ModuleType, dim: int | None, alpha: float | None, arguments: Mapping[str, str]
+) -> Iterator[Problem]:
+    """Yield what the module itself says against `--network_args`, where it can be asked."""
+    check: Callable[..., Iterator[Problem]] | None = getattr(module, "check_network_args", None)
+    if check is not None:
+        yield from check(dim, alpha, arguments)
+    elif name == lycoris_args.NAME:
+        yield from lycoris_args.lycoris_problems(module, arguments)
 
 
 @contextmanager

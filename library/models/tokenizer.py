@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +84,8 @@ class ClipTokenizer:
             if _SYNTAX.search(word):
                 self._shields[word] = chr(_PRIVATE + len(self._shields))
                 self._special[self._shields[word]] = ids
-        self._splitter = _splitter(self._special)
+        known = {word: count for word, count in self.words.items() if self.is_word(word.lower())}
+        self._splitter = _splitter(self._special, alone={name for name, _ in _word_table(known)})
 
     @property
     def chunks(self) -> int:
@@ -106,8 +107,9 @@ class ClipTokenizer:
         """Return a tokenizer that knows further words, after the added words of this one.
 
         A word that stands for n tokens is written as one word, `cat*`, and becomes n ids; the second of its tokens
-        alone is `cat*1`, the third `cat*2`. Words are found before anything else, also inside longer words, in their
-        own spelling: capital letters count. Words with brackets keep them, whatever brackets mean around them.
+        alone is `cat*1`, the third `cat*2`. Words are found before anything else in their own spelling: capital letters
+        count. A word that the vocabulary does not have is found inside longer words too, one that it has is not: `cat`
+        is no part of `category`. Words with brackets keep them, whatever brackets mean around them.
 
         Args:
             words: word to number of tokens, at least 1.
@@ -252,9 +254,13 @@ def _known(word: str, token: str) -> str:
     return f"the name {token!r} of one of the tokens of {word!r} is already in the vocabulary"
 
 
-def _splitter(special: Iterable[str]) -> re.Pattern[str]:
+def _splitter(special: Iterable[str], *, alone: Container[str]) -> re.Pattern[str]:
+    """Return what finds special pieces of a text; those in `alone` only where no letter or digit touches them."""
     longest_first = sorted(special, key=len, reverse=True)
-    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+    pieces = (
+        rf"(?<![^\W_]){re.escape(piece)}(?![^\W_])" if piece in alone else re.escape(piece) for piece in longest_first
+    )
+    return re.compile("(" + "|".join(pieces) + ")")
 
 
 def _clean(text: str) -> str:

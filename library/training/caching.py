@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from library.data.bad_files import SHOWN, printable
+from library.data.metadata_scan import MISSING_SUFFIX
 from library.draws import normal_rows
-from library.errors import UserError
+from library.errors import Problem, UserError
 from library.randomness import derive
 from library.training.cache_worker import CacheWorker
 from library.training.text_caching import cache_texts
@@ -87,6 +90,8 @@ def fill_latents(
     vae = family.fingerprint("vae")
     plan: LatentPlan = run.broadcast(data.latent_plan(vae) if run.is_main else None)
     logger.info("latent cache: %s", plan.describe())
+    if failed is None:
+        _require_pictures(data, plan)
     todo = plan.on_disk() if disk_only else plan
     memory = data.create_latent_memory(todo) if run.is_local_main else None
     path = run.from_node_leader(memory.path if memory else None)
@@ -95,6 +100,28 @@ def fill_latents(
     worker = CacheWorker(run, what="caching latents", prepare=data.latent_input, encode=encoder.encode, failed=failed)
     worker.fill(todo, max(data.cache.vae_batch_size, 1))
     return plan
+
+
+def _require_pictures(data: TrainingData, plan: LatentPlan) -> None:
+    """Refuse latents that must be made again when their pictures are gone: before others are encoded for hours.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    paths = [data.table.path(row) for row in plan.missing.tolist()]
+    gone = [(path, why) for path, why in zip(paths, plan.why, strict=True) if not Path(path).exists()]
+    if gone:
+        hint = "Give the options that they were made with, or bring it back."
+        problems = [
+            Problem(
+                printable(path.removesuffix(MISSING_SUFFIX)),
+                f"the picture is gone, and its cached latents do not fit ({why})",
+                hint,
+            )
+            for path, why in gone[:SHOWN]
+        ]
+        rest = [Problem("the latent cache", f"{len(gone) - SHOWN} more pictures are gone")] if len(gone) > SHOWN else []
+        raise UserError.of([*problems, *rest])
 
 
 class _LatentEncoder:

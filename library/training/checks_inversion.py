@@ -34,6 +34,8 @@ def check_inversion(options: InversionTrainingOptions) -> Iterator[Problem]:
         return
     if not word or not word.strip():
         yield Problem(_TOKEN, "is required", "Choose a word that no language has, such as --token_string shs4712.")
+    elif not word.isprintable():
+        yield Problem(_TOKEN, "has line ends or control characters in it, which captions lose", "Choose a plain word.")
     if not options.optimizer.learning_rate:
         yield Problem("--learning_rate", "is 0, so nothing would be trained", "5e-3 is usual for textual inversion.")
     yield from must_exist("--weights", inversion.weights)

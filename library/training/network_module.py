@@ -6,17 +6,14 @@ What a module may leave out is looked up once.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from library.errors import Problem, UserError
-from library.training import lycoris_args
+from library.errors import UserError
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from library.data.dataset_spec import DatasetSpec
 
 _OPTION = "--network_module"
@@ -24,17 +21,6 @@ PRESERVE = "diff_output_preservation"
 """Custom attribute of a subset: what the model drew without the network is the target for its images."""
 
 _METHODS = ("apply_to", "load_weights", "save_weights", "prepare_optimizer_params", "get_trainable_params")
-
-
-def argument_problems(
-    name: str, module: ModuleType, dim: int | None, alpha: float, arguments: Mapping[str, str]
-) -> Iterator[Problem]:
-    """Yield what the module itself says against `--network_args`, where it can be asked."""
-    check: Callable[..., Iterator[Problem]] | None = getattr(module, "check_network_args", None)
-    if check is not None:
-        yield from check(dim, alpha, arguments)
-    elif name == lycoris_args.NAME:
-        yield from lycoris_args.lycoris_problems(module, arguments)
 
 
 def require_network(network: Any, name: str) -> Any:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
 from library.contracts import Noised
 from library.errors import UserError
+from library.training.base_noise import TrainingNoise
 from library.training.noise_schedule import TRAIN_TIMESTEPS, huber_thresholds, loss_weights, noise_schedule
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class DDPMObjective:
         self.prediction_type = prediction_type
         self.schedule = noise_schedule(zero_terminal_snr=noise.zero_terminal_snr)
         self.low, self.high = _timestep_range(noise)
-        self._options = noise
+        self._noise = TrainingNoise(noise)
         signal = self.schedule.alphas_cumprod
         columns = [signal**0.5, (1.0 - signal) ** 0.5, loss_weights(self.schedule.snr, prediction_type, loss)]
         if loss.loss_type in ("huber", "smooth_l1"):
@@ -87,11 +87,11 @@ class DDPMObjective:
             timesteps: [B] int64 on the latents' device, or one for all; drawn when not given.
         """
         latents = latents.float()
-        noise = self._base_noise(latents, draws)
+        noise = self._noise.draw(latents, draws)
         t = self._timesteps(draws, timesteps, latents)
         at_t = self._table[t]
         signal, sigma = at_t[:, 0].view(-1, 1, 1, 1), at_t[:, 1].view(-1, 1, 1, 1)
-        noisy = signal * latents + sigma * self._perturbed(noise, draws)
+        noisy = signal * latents + sigma * self._noise.perturbed(noise, draws)
         target = noise if self.prediction_type == "epsilon" else signal * noise - sigma * latents
         return Noised(noisy, t, target, weight=at_t[:, 2], huber_c=at_t[:, 3] if at_t.shape[1] > 3 else None)
 
@@ -118,50 +118,6 @@ class DDPMObjective:
         if isinstance(given, int):
             return torch.full((len(latents),), given, dtype=torch.int64, device=latents.device)
         return given
-
-    def _base_noise(self, latents: Tensor, draws: Draws) -> Tensor:
-        """Return what the model shall recognise as noise: normal, with low frequencies added by options."""
-        noise = draws.normal("noise", latents.shape[1:])
-        if self._options.noise_offset:
-            noise = noise + self._offset_strength(latents, draws) * draws.normal("offset", (latents.shape[1], 1, 1))
-        if self._options.multires_noise_iterations:
-            noise = self._multires(noise, draws)
-        return noise
-
-    def _offset_strength(self, latents: Tensor, draws: Draws) -> Tensor | float:
-        """Return the strength of the channels' offsets: one number, or [B,C,1,1] where it follows the picture."""
-        strength = float(self._options.noise_offset or 0)
-        if self._options.noise_offset_random_strength:
-            strength *= draws.scalar("offset_strength")
-        if not self._options.adaptive_noise_scale:
-            return strength
-        brightness = latents.mean(dim=(2, 3), keepdim=True).abs()
-        return (strength + self._options.adaptive_noise_scale * brightness).clamp(min=0)
-
-    def _multires(self, noise: Tensor, draws: Draws) -> Tensor:
-        """Add noise of ever lower resolution, then bring all to unit deviation over the whole micro-batch."""
-        channels, height, width = noise.shape[1:]
-        discount = self._options.multires_noise_discount
-        for level in range(self._options.multires_noise_iterations or 0):
-            shrink = (2 + 2 * draws.scalar(f"multires_ratio_{level}")) ** level
-            size = (max(1, int(height / shrink)), max(1, int(width / shrink)))
-            coarse = draws.normal(f"multires_{level}", (channels, *size))
-            noise = noise + discount**level * functional.interpolate(coarse, (height, width), mode="bilinear")
-            if 1 in size:
-                break
-        return noise / noise.std()
-
-    def _perturbed(self, noise: Tensor, draws: Draws) -> Tensor:
-        """Return the noise that enters the input: with more of it than the target knows, if asked for.
-
-        Source: Ning et al., "Input Perturbation Reduces Exposure Bias in Diffusion Models" (arXiv 2301.11706).
-        """
-        strength = self._options.ip_noise_gamma
-        if not strength:
-            return noise
-        if self._options.ip_noise_gamma_random_strength:
-            strength *= draws.scalar("ip_noise_strength")
-        return noise + strength * draws.normal("ip_noise", noise.shape[1:])
 
 
 def _timestep_range(noise: NoiseOptions) -> tuple[int, int]:

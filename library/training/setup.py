@@ -17,7 +17,7 @@ from library.training.beginning import Beginning
 from library.training.loss import make_loss
 from library.training.lr_schedules import build_lr_schedule
 from library.training.model_saves import ModelWriter, RunFacts
-from library.training.objective import DDPMObjective
+from library.training.objective import DDPMObjective, Objective
 from library.training.observers import observe
 from library.training.optimizer_state import advance_schedule
 from library.training.optimizers import BuiltOptimizer, build_optimizer
@@ -47,7 +47,7 @@ class Training:
     method: Method
     opts: TrainingOptions
     begin: Beginning
-    objective: DDPMObjective
+    objective: Objective
     built: BuiltOptimizer
     lr_schedule: Any
     parts: StateParts

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from library.contracts import Batch, Noised
     from library.models.family import ModelFamily
     from library.training.methods.base import Method
-    from library.training.objective import DDPMObjective
+    from library.training.objective import Objective
 
 
 class Autocast:
@@ -40,7 +40,7 @@ class TrainStep(nn.Module):
         self,
         family: ModelFamily,
         method: Method,
-        objective: DDPMObjective,
+        objective: Objective,
         loss_function: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor],
         *,
         seed: int,
@@ -58,7 +58,8 @@ class TrainStep(nn.Module):
         """Return (loss of the micro-batch: a scalar, per-sample loss [B], detached and unweighted)."""
         draws = Draws(self.seed, batch.key.step_key, batch.size, batch.loss_weight.device)
         per_sample, noised = self.losses(batch, draws)
-        self._objective[0].observe(noised, per_sample.detach())
+        if batch.key.share:  # padding repeats samples that were observed already
+            self._objective[0].observe(noised, per_sample.detach())
         weighted = per_sample * batch.loss_weight * noised.weight
         return weighted.mean() * batch.key.share, per_sample.detach()
 

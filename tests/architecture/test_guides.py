@@ -14,46 +14,45 @@ from library.option_groups import options_of
 from library.option_parser import read
 from library.options_doc import option_sets, picture_option_sets, tool_option_sets
 from library.quickstart_options import QuickstartOptions
+from tests import guides
+from tests.conftest import ROOT
+from tests.guides import DOCS
 from train_db import Options
 
-ROOT = Path(__file__).resolve().parents[2]
-DOCS = ROOT / "docs"
 GUIDES = [
     ROOT / "README.md",
     DOCS / "README.md",
     DOCS / "train_db.md",
+    DOCS / "fine_tune.md",
     DOCS / "train_network.md",
     DOCS / "train_textual_inversion.md",
     DOCS / "lora_tools.md",
     DOCS / "data_tools.md",
     DOCS / "gen_img.md",
+    DOCS / "captioning.md",
+    DOCS / "tagging_and_metadata.md",
+    DOCS / "data_tools.md",
     ROOT / "CONTRIBUTING.md",
 ]
 SCRIPTS = option_sets() | picture_option_sets()
 TOOLS = tool_option_sets()
 FROM_ACCELERATE = {"num_cpu_threads_per_process", "multi_gpu", "num_processes"}
-FROM_ELSEWHERE = {"help", "logdir"}
-"""Options of every program, and of TensorBoard."""
-
-
-def blocks(text, language):
-    fences = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    return [content for kind, content in fences if kind == language]
+FROM_ELSEWHERE = {"help", "logdir", "local", "caption_extention"}
+"""Options of every program, of TensorBoard and of `hf download` (--local-dir), and an old spelling that works."""
 
 
 def command_lines():
     for guide in GUIDES:
-        for block in blocks(guide.read_text(encoding="utf-8"), "bash"):
-            for line in block.splitlines():
-                yield from ((script, line) for script in SCRIPTS if f"{script}.py" in line)
+        for line in guides.commands(guide):
+            yield from ((script, line) for script in SCRIPTS if f"{script}.py" in line.split())
 
 
 @pytest.mark.parametrize(("script", "line"), sorted(set(command_lines())))
 def test_command_lines_parse(script, line, tmp_path, monkeypatch):
     """They read; files of networks need not be there, which is another test's business."""
     monkeypatch.chdir(tmp_path)
-    text = (DOCS / "train_network.md").read_text(encoding="utf-8")
-    Path("lora.toml").write_text(next(b for b in blocks(text, "toml") if "network_dim" in b), encoding="utf-8")
+    for name in ("train_network.md", "fine_tune.md"):
+        guides.write_files(DOCS / name, tmp_path)
     words = shlex.split(line)
     reading = read(SCRIPTS[script], words[words.index(f"{script}.py") + 1 :])
     assert not [problem for problem in reading.problems if "weights" not in problem.where]
@@ -79,15 +78,12 @@ def test_dataset_files_use_real_keys():
             for o in (*options_of(DatasetOptions), *options_of(SubsetOptions))
             if level in o.notes.get("scope", ())
         }
-        | ({"conditioning_data_dir"} if level == "subset" else set())
+        | ({"conditioning_data_dir", "metadata_file"} if level == "subset" else set())
         for level in ("general", "dataset", "subset")
     }
     shown = 0
-    texts = [
-        (DOCS / name).read_text(encoding="utf-8")
-        for name in ("train_db.md", "train_network.md", "train_textual_inversion.md")
-    ]
-    for block in (block for text in texts for block in blocks(text, "toml")):
+    pages = [DOCS / name for name in ("train_db.md", "fine_tune.md", "train_network.md", "train_textual_inversion.md")]
+    for block in (block for page in pages for block in guides.blocks(page, "toml")):
         table = parse_toml(block, Path("guide"))
         for dataset in table.get("datasets", []):
             shown += 1
@@ -98,16 +94,16 @@ def test_dataset_files_use_real_keys():
 
 
 def test_prompt_files_load(tmp_path):
-    text = (ROOT / "docs" / "train_db.md").read_text(encoding="utf-8")
-    (tmp_path / "p.txt").write_text(next(b for b in blocks(text, "") if "--ss" in b), encoding="utf-8")
-    (tmp_path / "p.toml").write_text(next(b for b in blocks(text, "toml") if "[prompt]" in b), encoding="utf-8")
+    guide = DOCS / "train_db.md"
+    plain, tables = guides.blocks(guide, ""), guides.blocks(guide, "toml")
+    (tmp_path / "p.txt").write_text(next(b for b in plain if "--ss" in b), encoding="utf-8")
+    (tmp_path / "p.toml").write_text(next(b for b in tables if "[prompt]" in b), encoding="utf-8")
     assert len(load_prompts(tmp_path / "p.txt")) == 2
     assert len(load_prompts(tmp_path / "p.toml")) == 2
 
 
 def test_configuration_file_uses_real_options():
-    text = (ROOT / "docs" / "train_db.md").read_text(encoding="utf-8")
-    block = next(b for b in blocks(text, "toml") if "[training]" in b)
+    block = next(b for b in guides.blocks(DOCS / "train_db.md", "toml") if "[training]" in b)
     assert {key for table in parse_toml(block, Path("guide")).values() for key in table} <= set(Options.options())
 
 

@@ -119,6 +119,15 @@ def test_latents_on_disk_serve_a_run_without_the_images(base_options, pictures, 
     assert digest_of(base_options, tmp_path / "second", "--cache_latents_to_disk") == first
 
 
+def test_latents_that_do_not_fit_are_refused_when_the_images_are_gone(base_options, pictures, tmp_path, capsys):
+    assert fine_tune(*base_options, "--cache_latents_to_disk") == 0
+    gone = sorted(pictures.glob("*.jpg"))[0]
+    gone.unlink()
+    assert fine_tune(*base_options, "--cache_latents_to_disk", "--resolution=128", "--overwrite") == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert gone.stem in message and "the picture is gone" in message and "other resolution" in message
+
+
 def test_transparent_parts_are_not_trained(base_options, pictures, metadata, tiny_sd1, tmp_path):
     """Pictures that are transparent everywhere teach nothing with --alpha_mask, and something without."""
     for path in list(pictures.glob("*.jpg")):

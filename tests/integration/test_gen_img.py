@@ -4,6 +4,7 @@ import io
 import os
 import re
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -13,8 +14,14 @@ from safetensors.torch import save_file
 
 import gen_img
 from library.checkpoints.embedding_file import write_embedding
+from library.inference.generation import defaults
 from library.inference.outputs import PictureFolder
+from library.inference.picture_inputs import InputPictures, opened
+from library.inference.prompt_files import PromptEntry
+from library.inference.prompt_options import GENERATION
+from library.inference.prompts import PromptRequest, parse_entry
 from library.inference.render import DiffusionRenderer, NotFinite
+from library.option_parser import parse
 
 SMALL = ("--steps=2", "--W=64", "--H=64", "--sampler=euler_a")
 
@@ -144,7 +151,9 @@ def test_ctrl_c_while_nothing_is_drawn_ends_an_interactive_run(draw, monkeypatch
             raise KeyboardInterrupt
 
     monkeypatch.setattr("sys.stdin", Typing())
-    assert draw("--interactive")[:2] == (0, {})
+    code, pictures, error = draw("--interactive", "--n_iter=3")
+    assert (code, pictures) == (0, {})
+    assert "--n_iter and --shuffle_prompts have no effect" in error
 
 
 def test_prompts_from_a_module(draw, tmp_path):
@@ -199,6 +208,14 @@ def test_ctrl_c_finishes_the_picture_and_ends(draw, monkeypatch):
     code, pictures, error = draw("--prompt=a cat", "--images_per_prompt=5")
     assert (code, len(pictures)) == (130, 1)
     assert "error: interrupted; 1 picture" in error
+
+
+def test_several_processes_are_refused(draw, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    code, pictures, error = draw("--prompt=a cat")
+    assert (code, pictures) == (2, {})
+    assert "this script draws in one process, not in 2" in error
 
 
 # Networks and embeddings --------------------------------------------------------------------------------------------
@@ -280,6 +297,33 @@ def test_several_networks_with_strengths_for_each_prompt(draw, cat, network_file
     assert difference(merged, together) <= 2
 
 
+def test_calculated_networks_beside_those_that_cannot_be(draw, network_files):
+    if "lycoris" not in network_files:
+        pytest.skip("LyCORIS is not installed")
+    files = [network_files["lora"], network_files["lycoris"]]
+    words = (CAT, "--network_module", "networks.lora", "lycoris.kohya", "--network_weights", *files)
+    assert difference(only(draw(*words)), only(draw(*words, "--network_pre_calc"))) <= 2
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        ("networks.lora", "rank=4", "the network module knows no argument 'rank'"),
+        ("lycoris.kohya", "conv_dmi=4", "lycoris.kohya reads no 'conv_dmi'. Did you mean conv_dim?"),
+    ],
+)
+def test_arguments_of_modules_are_checked_before_the_model_is_loaded(
+    draw, network_files, monkeypatch, module, arguments, message
+):
+    if module == "lycoris.kohya":
+        pytest.importorskip("lycoris.kohya")
+    monkeypatch.setattr("library.inference.loading.load_family", lambda *_: pytest.fail("was loaded"))
+    words = ("--network_module", module, "--network_weights", network_files["lora"], "--network_args", arguments)
+    code, pictures, error = draw(CAT, *words)
+    assert (code, pictures) == (2, {})
+    assert message in error
+
+
 def test_what_a_network_file_says_is_shown(draw, network_files):
     _, _, error = draw(CAT, "--network_weights", network_files["lora"], "--network_show_meta")
     assert '"sshs_model_hash": "' in error
@@ -306,6 +350,8 @@ def test_a_hypernetwork(draw, cat, tmp_path):
     assert difference(cat, only(draw(f"{CAT} --am 0", *words))) == 0
     code, _, error = draw(CAT, *words, "--network_merge")
     assert (code, "its network cannot be merged" in error) == (2, True)
+    code, _, error = draw(CAT, "--network_weights", path)
+    assert (code, "is a hypernetwork. Give --network_module networks.hypernetwork." in error) == (2, True)
 
 
 def test_an_embedding_is_called_like_its_file(draw, tmp_path):
@@ -411,6 +457,55 @@ def test_a_folder_of_pictures_is_taken_in_turn(draw, photograph, tmp_path, promp
     assert "c.png" in error
 
 
+def test_a_bad_prompt_has_its_turn_too(draw, photograph, tmp_path, prompts):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in "abc":
+        Image.open(photograph).save(folder / f"{name}.png")
+    path = prompts("a cat --d 1", "a dog --zz", "a fox --d 3")
+    _, pictures, _ = draw("--from_file", path, "--image_path", folder, "--use_original_file_name")
+    assert {name: image.text["prompt"] for name, image in pictures.items()} == {"a.png": "a cat", "c.png": "a fox"}
+
+
+@pytest.mark.parametrize(
+    ("line", "words", "size"),
+    [
+        ("a cat", [], (96, 64)),
+        ("a cat --w 512 --h 512", [], (512, 512)),
+        ("a cat --w 64", [], (64, 32)),
+        ("a cat", ["--H=128"], (160, 128)),
+        ("a cat --h 64 --w 64", ["--H=128"], (64, 64)),
+        ("a cat", ["--H=128", "--W=128"], (128, 128)),
+    ],
+)
+def test_the_size_of_pictures_from_pictures(photograph, tmp_path, line, words, size):
+    words = ("--ckpt=x", f"--outdir={tmp_path / 'out'}", f"--image_path={photograph}", "--prompt=a", *words)
+    opts = parse(gen_img.Options, words)
+    request, problems = parse_entry(PromptEntry("line 1", line), defaults(opts), GENERATION, [])
+    assert not problems
+    [made] = InputPictures(opts, with_networks=False).pictures(0, [request])
+    assert (made.request.width, made.request.height) == size
+
+
+def test_a_picture_that_changes_is_read_again(photograph):
+    before = opened(photograph)
+    assert opened(photograph) is before
+    Image.new("RGB", (64, 64)).save(photograph)
+    os.utime(photograph, ns=(1, 1))
+    assert opened(photograph).size == (64, 64)
+
+
+def test_prompts_stay_with_their_pictures(draw):
+    for name in ("one", "two", "three"):
+        draw(f"--prompt={name} --d 1 --f {name}", out="made")
+    folder = next(iter(draw("--prompt=four --d 1 --f four", out="made")[1].values())).filename.rpartition("/")[0]
+    words = ("--image_path", folder, "--shuffle_prompts", "--use_original_file_name", "--seed=3")
+    code, pictures, error = draw(*words, out="again")
+    assert code == 0, error
+    assert list(pictures) != sorted(pictures), "an order that does not show anything"
+    assert all(name == f"{image.text['prompt']}.png" for name, image in pictures.items())
+
+
 def test_prompts_from_the_pictures_themselves(draw, photograph):
     _, made, _ = draw("--prompt=a cat --n blurry --d 1 --f first")
     folder = next(iter(made.values())).filename
@@ -428,6 +523,12 @@ def test_two_passes(draw):
     assert code == 0, error
     sizes = {name: (image.size, image.text["steps"]) for name, image in pictures.items()}
     assert sizes == {"im_0000001.png": ((64, 64), "3"), "im_1000001.png": ((128, 128), "2")}
+    together = ("--prompt=a cat", "--images_per_prompt=2", "--batch_size=2", "--highres_fix_save_1st")
+    code, both, error = draw(*together, *words[1:], "--sequential_file_name", out="both")
+    assert code == 0, error
+    assert list(both) == [f"im_{mark}{number:06d}.png" for number in (1, 2) for mark in (0, 1)]
+    seeds = [image.text["seed"] for image in both.values()]
+    assert seeds[0] == seeds[1] != seeds[2] == seeds[3]
     latents = only(draw(*words, "--highres_fix_latents_upscaling"))
     assert difference(latents, pictures["im_1000001.png"]) > 10
 
@@ -447,6 +548,18 @@ def test_a_guide_picture(draw, cat, photograph, tmp_path):
     assert "--control_net_models has no effect on prompts without --cn" in error
 
 
+def test_a_picture_to_start_from_guides_all_control_nets(photograph, tmp_path):
+    for name in "ab":
+        Image.open(photograph).save(tmp_path / f"{name}.png")
+    nets = ("--control_net_models", str(photograph), str(photograph))  # any files: nothing is loaded
+    words = ("--ckpt=x", f"--outdir={tmp_path / 'out'}", "--prompt=a", f"--image_path={tmp_path}", *nets)
+    inputs = InputPictures(parse(gen_img.Options, words), with_networks=False)
+    for number, name in enumerate(("a", "b", "photo")):
+        [made] = inputs.pictures(number, [PromptRequest(prompt="a")])
+        assert made.origin == tmp_path / f"{name}.png"
+        assert made.inputs.guides == (made.inputs.image,) * 2
+
+
 def test_regions(draw, network_files, tmp_path):
     regions = Image.new("RGB", (64, 64), (255, 0, 0))
     ImageDraw.Draw(regions).rectangle((32, 0, 64, 64), fill=(0, 255, 0))
@@ -461,6 +574,9 @@ def test_regions(draw, network_files, tmp_path):
     )
     assert (code, pictures) == (2, {})
     assert "2 networks with regions for 1 parts of the prompt" in error
+    code, pictures, error = draw(CAT, *words[:-1], "--network_merge")
+    assert (code, pictures) == (2, {})
+    assert "networks that --network_merge adds to the model have no regions" in error
 
 
 # Everything else that changes pictures ------------------------------------------------------------------------------
@@ -484,7 +600,7 @@ def test_options_that_change_the_picture(draw, cat):
     grown = only(draw(CAT, *wide, "--gradual_latent_timesteps=900", "--gradual_latent_unsharp_params=3,0.5,0.5,1"))
     assert difference(only(draw(CAT, *wide)), grown) > 3
     code, _, error = draw(CAT, "--gradual_latent_timesteps=900", "--gradual_latent_unsharp_params=much")
-    assert (code, "unsharp parameters 'much' cannot be read" in error) == (2, True)
+    assert (code, "takes an odd kernel size, sigma, strength and 1 or 0" in error) == (2, True)
 
 
 def test_options_that_only_change_time_and_memory(draw, cat):

@@ -121,6 +121,19 @@ def test_files_and_preparations(family, nets, tmp_path):
     assert abs(mine - theirs(family, request, nets[:1], [edges], [1.0], [1.0])).max() <= 1
 
 
+def test_a_net_that_averages_over_the_picture(family, nets):
+    """Its residuals are for the prompts alone, also together with those of another."""
+    pooled, made = control_net(seed=3, global_pool_conditions=True), requests(2)
+    given = [[guide(7)], [guide(8)]]
+    mine = ours(family, made, given, ControlNets([ControlNet(pooled, 0.8)]), batch_size=2)
+    for picture, request, item in zip(mine, made, given, strict=True):
+        yours = theirs(family, request, [pooled], item, [0.8], [1.0])
+        assert abs(picture - yours).max() <= 1
+        assert np.ptp(yours) > 20
+    both = ControlNets([ControlNet(pooled, 0.8), ControlNet(nets[0])])
+    assert abs(ours(family, made[:1], [given[0] * 2], both)[0] - mine[0]).max() > 1
+
+
 def test_without_guidance_scale(family, nets):
     request, given = requests(1, scale=1.0)[0], [guide(6)]
     (mine,) = ours(family, [request], [given], ControlNets([ControlNet(nets[0])]))

@@ -148,7 +148,7 @@ def test_any_arguments(name, dim, alpha, arguments):
 def test_any_arguments_of_lycoris(arguments):
     from types import SimpleNamespace
 
-    from library.training.lycoris_args import lycoris_problems
+    from library.models.lycoris_args import lycoris_problems
 
     module = SimpleNamespace(network_module_dict={"lora": 1, "loha": 2}, PRESET={"full": {}})
     for problem in lycoris_problems(module, arguments):

@@ -119,8 +119,8 @@ class CascadeUNet(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights."""
-        return self.embedding[1].weight.dtype
+        """Type of the weights, whatever type linear layers and convolutions may be stored in."""
+        return self.embedding[1].bias.dtype
 
     @property
     def device(self) -> torch.device:

@@ -15,16 +15,15 @@ from torch import nn
 
 from library.contracts import ParamGroup
 from library.errors import UserError, raise_problems
+from library.models.lycoris_args import float8_problems
 from library.models.network_files import KohyaFile, load_network_weights, merge_networks
-from library.models.network_module import calling, import_network_module, is_ours
+from library.models.network_module import argument_problems, calling, import_network_module, is_ours
 from library.randomness import derive
 from library.training.checks_network_files import value_problems
-from library.training.lycoris_args import float8_problems
 from library.training.network_files import save_network, try_saving
 from library.training.network_metadata import network_metadata
 from library.training.network_module import (
     PRESERVE,
-    argument_problems,
     optimizer_groups,
     require_network,
     require_strength,

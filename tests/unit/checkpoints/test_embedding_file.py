@@ -136,6 +136,7 @@ BAD = {
     "uneven.safetensors": ({"clip_l": L, "clip_g": vectors(3, 1280)}, "not as many vectors"),
     "list.pt": ([1, 2], "holds no table of tensors"),
     "text.pt": ({"emb_params": "hello"}, "no embedding"),
+    "odd.pt": ({"state_dict": L, "x": L}, "no embedding but a file of 2 tensors"),
     "words.pt": (webui({"*": L, "+": L}), "holds 2 words"),
     "damaged.pt": (webui("nothing"), "no table of vectors"),
     "evil.pt": ({"emb_params": Evil()}, "refused: this pickle wants to use builtins.eval"),

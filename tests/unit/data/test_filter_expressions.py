@@ -343,7 +343,8 @@ def test_captions():
 @pytest.mark.parametrize(
     "value",
     ["txt", ["txt"], ["txt", 3], [3, "identity"], ["json", "json:"], ["json", "json:a..b"], ["json", "alt(a:0)"],
-     ["json", "alt()"], ["json", "alt(a:1.2.3)"], ["json", "__import__('os').system('true')"], ["json", "random.choice(x)"]],
+     ["json", "alt()"], ["json", "alt(a:1.2.3)"], ["json", "__import__('os').system('true')"],
+     ["json", "random.choice(x)"]],
 )  # fmt: skip
 def test_captions_getters_that_cannot_be_used(value):
     with pytest.raises(UserError, match="captions_getter"):

@@ -47,6 +47,15 @@ def test_ways_to_name_an_image(tmp_path, monkeypatch):
     assert all(r.file_size > 0 and r.mtime_ns > 0 for r in result.table)
 
 
+def test_a_path_to_another_folder_is_one_from_the_working_directory(tmp_path, monkeypatch):
+    """As the merging tools write it with --full_path for a folder that is spelled ../i."""
+    write_image(tmp_path / "i" / "a.png", (64, 64))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    (found,) = scan_meta(tmp_path, {"../i/a.png": {"caption": "c"}}).table
+    assert (found.path, found.size_wh, found.caption) == ("../i/a.png", (64, 64), "c")
+
+
 def test_json_lines_with_blank_lines(tmp_path):
     write_image(tmp_path / "i" / "a.png")
     write_image(tmp_path / "i" / "b.png")
@@ -109,6 +118,7 @@ def test_buckets_of_older_tools_are_used_when_complete(tmp_path):
         ("c", "t1, t2", "c,t1, t2", "c,t1, t2"),
         (None, "t1\nt2", "t1\nt2", "t1,t2"),
         ("", "t", "t", "t"),
+        (" \n", "t", "t", "t"),
         ("c", None, "c", "c"),
         ("l1\n\nl2", "t", "l1\n\nl2,t", "l1,t\nl2,t"),
         (None, None, "", ""),

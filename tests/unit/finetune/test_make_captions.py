@@ -216,3 +216,10 @@ class TestVocabulary:
         (tmp_path / "vocab.txt").write_text("a\nb\n")
         assert run("--caption_weights", alone, "--tokenizer", tmp_path, pictures) == 2
         assert "is no vocabulary of BERT: it lacks [CLS]" in capsys.readouterr().err
+
+
+def test_captions_end_where_the_model_has_no_more_places(blip, pictures, caplog):
+    """The tiny model has 64; --max_length is 75 unless given."""
+    assert run("--local_model", blip, "--beam_search", "--num_beams=2", "--min_length=64", pictures) == 0
+    assert len(captions(pictures)) == 5
+    assert "64 tokens at most, not of 75" in caplog.text

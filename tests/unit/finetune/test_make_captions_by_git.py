@@ -95,6 +95,8 @@ def test_words_are_removed_on_request(git, tmp_path, monkeypatch):
         ("a wall, word art on it", "a wall"),
         ("a cat with the word a and the name tom", "a cat"),
         ("a cat with the words", "a cat"),
+        ("a shirt with the words on it", "a shirt"),
+        ("a shirt with the words on the front of it and a hat", "a shirt and a hat"),
         ("a cat with the words '", "a cat"),
         ("a cat that says 'oh my", "a cat"),
         ("a dog with the wordless book", "a dog with the wordless book"),

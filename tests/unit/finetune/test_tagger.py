@@ -246,6 +246,16 @@ def test_downloads_go_through_the_hub_client(tmp_path, red, monkeypatch, capsys)
     assert last.startswith("error: --repo_id me/others: cannot be downloaded: ") and "--local_model" in last
 
 
+def test_a_download_that_cannot_be_written(tmp_path, red, monkeypatch, capsys):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, timeout: type("Info", (), {"sha": "a"}))
+    (tmp_path / "models").write_bytes(b"")  # a file where the folder should be
+    assert run(red, "--repo_id", "me/taggers/v1", "--model_dir", tmp_path / "models") == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert str(tmp_path / "models") in last and "cannot be reached" not in last
+
+
 def one_error(red, capsys, model, *words):
     assert run(red, "--local_model", model, *words) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

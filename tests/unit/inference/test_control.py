@@ -1,6 +1,7 @@
 """Which guide belongs to which ControlNet and prompt, how preparations are written, and when a ControlNet works."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -51,7 +52,20 @@ def test_canny_finds_edges_and_none_changes_nothing():
     assert not edges[:, :10].any()
 
 
-@pytest.mark.parametrize("text", ["canny", "canny_1", "canny_100_300", "depth", "canny_a_b", ""])
+@pytest.mark.parametrize(
+    ("text", "thresholds"),
+    [("canny", (63, 191)), ("canny_20", (20, 191)), ("Canny_100_300", (100, 300)), ("None", None)],
+)
+def test_preparations_as_sd_scripts_reads_them(text, thresholds):
+    """Thresholds may be left out; they may exceed 255, since they limit gradients, not brightness."""
+    import cv2
+
+    levels = torch.randint(0, 256, (32, 32, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8).numpy()
+    edges = levels if thresholds is None else np.repeat(cv2.Canny(levels, *thresholds)[..., None], 3, axis=2)
+    assert np.array_equal(np.asarray(preparation(text)(Image.fromarray(levels))), edges)
+
+
+@pytest.mark.parametrize("text", ["canny_", "canny_1_", "canny_1_2_3", "depth", "canny_a_b", ""])
 def test_unknown_preparations_are_refused(text):
     with pytest.raises(UserError, match="--control_net_preps"):
         preparation(text)
@@ -71,6 +85,7 @@ class Net(torch.nn.Module):
     """Notes what it is given."""
 
     dtype = torch.float32
+    config: ClassVar[dict[str, bool]] = {}
 
     def __init__(self):
         super().__init__()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from control_nets import control_net
 from PIL import Image
+from torch.nn import functional
 
 from library.contracts import Condition
 from library.errors import UserError
@@ -97,6 +98,46 @@ class DeepHooks:
         return None
 
 
+def written_out(unet, noisy, t, hidden, depth, ratio):
+    """The U-Net with deep shrink as it was published, block by block."""
+
+    def fit(features, like):
+        if features.shape[-2:] == like.shape[-2:]:
+            return features
+        return functional.interpolate(features, size=like.shape[-2:], mode="bicubic", align_corners=False)
+
+    time = unet.time_embedding(unet.time_proj(t))
+    features = unet.conv_in(noisy)
+    skips = [features]
+    for number, block in enumerate(unet.down_blocks):
+        if number == depth:
+            features = functional.interpolate(features, scale_factor=ratio, mode="bicubic", align_corners=False)
+        features, found = block(features, time, *([hidden] if hasattr(block, "attentions") else []))
+        skips += found
+    features = unet.mid_block(features, time, hidden)
+    for block in unet.up_blocks:
+        for number, resnet in enumerate(block.resnets):
+            skip = skips.pop()
+            features = resnet(torch.cat([fit(features, skip), skip], 1), time)
+            if hasattr(block, "attentions"):
+                features = block.attentions[number](features, encoder_hidden_states=hidden, return_dict=False)[0]
+        odd = any(side % 8 for side in noisy.shape[-2:])
+        for upsampler in block.upsamplers or ():
+            features = upsampler(features, skips[-1].shape[2:] if odd else None)
+    return unet.conv_out(unet.conv_act(unet.conv_norm_out(features)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("depth", [0, 2, 3])
+@pytest.mark.parametrize("hw", [(32, 16), (24, 40), (20, 28)])
+def test_features_are_those_of_the_published_method(unet, depth, hw):
+    with at_work(DeepShrinking(DeepShrink(depth_1=depth), unet)) as hooks:
+        mine = sizes_and_result(unet, hooks, 900, hw)[1]
+    generator = torch.Generator().manual_seed(0)
+    noisy, hidden = torch.randn(1, 4, *hw, generator=generator), torch.randn(1, 5, 64, generator=generator)
+    torch.testing.assert_close(mine, written_out(unet, noisy, torch.full((1,), 900), hidden, depth, 0.5))
+
+
 @pytest.mark.parametrize("depth", [0, 1, 2, 3])
 @pytest.mark.parametrize("hw", [(33, 45), (27, 29)])
 @pytest.mark.parametrize("ratio", [0.5, 0.3])
@@ -141,3 +182,17 @@ def test_a_depth_that_the_model_has_not_is_refused(unet):
         DeepShrinking(DeepShrink(), unet).batch_key(
             PromptRequest(prompt="x", where="line 4", deep_shrink={"depth_1": 4}), PictureInputs()
         )
+
+
+def test_what_has_no_effect_is_told_once(unet, caplog):
+    extension = DeepShrinking(DeepShrink(depth_2=2), unet)
+    lonely = PromptRequest(prompt="x", where="line 4", deep_shrink={"ratio": 0.4})
+    late = PromptRequest(prompt="x", where="line 5", deep_shrink={"depth_1": 1})
+    for request in (lonely, late, lonely, late, PromptRequest(prompt="x")):
+        extension.batch_key(request, PictureInputs())
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first == "line 4: deep shrink is off without --dsd1 or --ds_depth_1"
+    assert second.startswith("line 5: deep shrink at depth 2 has no effect: it would begin below timestep 650")
+    caplog.clear()
+    DeepShrinking(DeepShrink(depth_1=1, depth_2=2, timesteps_2=300), unet).batch_key(lonely, PictureInputs())
+    assert not caplog.records

@@ -159,3 +159,17 @@ def test_unsharp_parameters():
     assert read_unsharp("3,0.5,0.25,0") == Unsharp(3, 0.5, 0.25, target=False)
     assert read_unsharp("5,1,1") == Unsharp(5, 1.0, 1.0)
     assert read_unsharp("none") is read_unsharp(None) is None
+
+
+def test_a_prompt_that_sets_what_is_off_is_told(caplog):
+    extension = GradualLatents(GradualLatent())
+    for _ in range(2):
+        extension.batch_key(PromptRequest(prompt="x", where="line 2", gradual_latent={"ratio": 0.5}), PictureInputs())
+    assert [record.getMessage() for record in caplog.records] == [
+        "line 2: gradual latent is off without --glt or --gradual_latent_timesteps"
+    ]
+
+
+def test_a_window_may_be_larger_than_the_picture():
+    sharp = Unsharp(21, 4.0, 1.0)(torch.ones(1, 4, 8, 8))
+    torch.testing.assert_close(sharp, torch.ones(1, 4, 8, 8))

@@ -76,7 +76,10 @@ def test_pictures_without_a_prompt_and_files_that_are_none(image, tmp_path):
     bomb.add_text("parameters", "a" * 200_000_000, zip=True)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=bomb)
-    for name, content in (("none.png", b"no picture"), ("bomb.png", buffer.getvalue())):
+    for name, content, reason in (
+        ("none.png", b"no picture", "not an image"),
+        ("bomb.png", buffer.getvalue(), "cannot be opened"),
+    ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=f"{name}: cannot be read as a picture"):
+        with pytest.raises(UserError, match=f"{name}: {reason}"):
             read_prompt(tmp_path / name)

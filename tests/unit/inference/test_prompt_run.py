@@ -114,6 +114,10 @@ def test_notes(caplog):
     assert "line 2: a brace without its partner" in caplog.text
     assert "line 3: its 2 pictures are alike" in caplog.text
     assert len(caplog.records) == 3
+    list(run_of("fox --d 1,2,3", "duck --d 4,5", "{e$$a|b} --d 1,2"))
+    assert "line 1: 2 seeds are left over" in caplog.text
+    assert "line 2: 1 seed is left over" in caplog.text
+    assert len(caplog.records) == 5
 
 
 def test_tables_are_expanded_together():

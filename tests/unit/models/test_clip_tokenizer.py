@@ -85,6 +85,18 @@ def test_known_words_cannot_be_added(word):
 def test_a_known_word_is_hidden_only_where_that_is_wanted():
     tokenizer = ClipTokenizer(SD_V1_TOKENIZER).with_words({"cat": 1}, may_hide=True)
     assert tokenizer.token_ids("a cat") == [320, 49408]
+    assert tokenizer.token_ids("a (cat), _cat_") == [
+        *tokenizer.token_ids("a ("),
+        49408,
+        *tokenizer.token_ids("), _"),
+        49408,
+        *tokenizer.token_ids("_"),
+    ]
+    plain = ClipTokenizer(SD_V1_TOKENIZER)
+    assert tokenizer.token_ids("category cats concat cat1") == plain.token_ids("category cats concat cat1")
+    two = plain.with_words({"cat": 2, "Dog": 1}, may_hide=True)
+    assert two.token_ids("cat cat1 Dog") == [49408, 49409, 49409, 49410]
+    assert two.token_ids("cats cat12 Dogma") == plain.token_ids("cats cat12 Dogma")
     with pytest.raises(UserError, match="already in the vocabulary"):
         tokenizer.with_words({"cat": 1}, may_hide=True)
 

@@ -1,0 +1,157 @@
+"""An exponential moving average of what trains: float32, on a device of its choice, never part of a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+
+_CHUNK = 1 << 26
+"""Numbers that are converted at the same time where weights are not float32."""
+
+
+class WeightAverage:
+    """Follows weights: `average = decay * average + (1 - decay) * weights` every so many updates.
+
+    Up to update `start` the average is a copy of the weights. Weights of modules are followed, buffers of floating
+    point likewise; buffers of whole numbers are copied.
+
+    Args:
+        modules: What trains, by name, as in a state.
+        decay: Share of the average that stays.
+        start: First update (from 1) from which on `decay` counts.
+        every: Updates from one change of the average to the next.
+        device: Where the average is kept; None: beside the weights.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        *,
+        decay: float,
+        start: int = 0,
+        every: int = 1,
+        device: torch.device | None = None,
+    ) -> None:
+        if not 0 <= decay < 1 or every < 1 or start < 0:
+            raise ValueError(f"impossible average: decay {decay}, start {start}, every {every}")
+        self.decay, self.start, self.every = decay, start, every
+        self.updates = 0
+        self._followed = dict(_tensors(modules))
+        self._averages = {name: _copy(tensor, device) for name, tensor in self._followed.items()}
+        floating = [name for name, tensor in self._averages.items() if tensor.is_floating_point()]
+        self._chunks = _chunks(floating, self._averages)
+        self._whole = [name for name in self._averages if name not in set(floating)]
+
+    @torch.no_grad()
+    def update(self, step: int, skipped: Tensor | None = None) -> None:
+        """Follow the weights after update `step` (from 1), if it is one of those that count.
+
+        Args:
+            step: Number of updates that the run has made.
+            skipped: Whether the update was skipped, bool scalar; the average then stays as it is, without waiting for
+                the device.
+        """
+        if step % self.every:
+            return
+        self.updates += 1
+        share = 1.0 - (self.decay if step >= self.start else 0.0)
+        for names in self._chunks:
+            self._follow(names, share, skipped)
+        for name in self._whole:
+            self._averages[name].copy_(self._followed[name])
+
+    def _follow(self, names: list[str], share: float, skipped: Tensor | None) -> None:
+        averages = [self._averages[name] for name in names]
+        weights = [self._followed[name].detach().to(average) for name, average in zip(names, averages, strict=True)]
+        if skipped is None:
+            torch._foreach_lerp_(averages, weights, share)
+            return
+        kept = skipped.to(averages[0].device)
+        # A skipped update must not let NaN in, which 0 * NaN would.
+        old = torch._foreach_mul(averages, 1.0)
+        torch._foreach_lerp_(averages, weights, share)
+        for average, before in zip(averages, old, strict=True):
+            average.copy_(torch.where(kept, before, average))
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Put the average in place of the weights inside the block; afterwards they have the same bits as before."""
+        with torch.no_grad():
+            stored = {name: tensor.detach().clone() for name, tensor in self._followed.items()}
+            try:
+                for name, tensor in self._followed.items():
+                    tensor.copy_(self._averages[name])
+                yield
+            finally:
+                for name, tensor in self._followed.items():
+                    tensor.copy_(stored[name])
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Return the averages by name of part and parameter."""
+        return self._averages
+
+    def numbers(self) -> Mapping[str, float | int]:
+        """Return what else must be saved to continue."""
+        return {"decay": self.decay, "start": self.start, "every": self.every, "updates": self.updates}
+
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Continue from what `tensors` and `numbers` returned.
+
+        Raises:
+            UserError: it is an average of another model.
+        """
+        missing, extra = set(self._averages) - set(tensors), set(tensors) - set(self._averages)
+        wrong = [
+            name for name, tensor in tensors.items() if name not in extra | missing and not self._fits(name, tensor)
+        ]
+        if missing or extra or wrong:
+            first = sorted([*missing, *extra, *wrong])[0]
+            raise UserError(
+                f"the averaged weights (EMA) are those of another model: {first}", "Start without --resume."
+            )
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                self._averages[name].copy_(tensor)
+        updates = numbers.get("updates", 0)
+        if not isinstance(updates, int) or updates < 0:
+            raise UserError("the averaged weights (EMA) have lost their count of updates", "Start without --resume.")
+        self.updates = updates
+
+    def _fits(self, name: str, tensor: Tensor) -> bool:
+        return tensor.shape == self._averages[name].shape
+
+
+def _tensors(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    for part, module in modules.items():
+        # Not `state_dict()`, which may hand out products of parameters.
+        for name, tensor in module.named_parameters():
+            yield f"{part}.{name}", tensor
+        stored = set(module.state_dict())
+        for name, tensor in module.named_buffers():
+            if name in stored:
+                yield f"{part}.{name}", tensor
+
+
+def _copy(tensor: Tensor, device: torch.device | None) -> Tensor:
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to(device or tensor.device, dtype, copy=True)
+
+
+def _chunks(names: list[str], tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """Return names in groups of limited size, each on one device, so that converted weights take little memory."""
+    chunks: list[list[str]] = []
+    room, device = 0, None
+    for name in names:
+        tensor = tensors[name]
+        if not chunks or tensor.device != device or room < tensor.numel():
+            chunks.append([])
+            room, device = _CHUNK, tensor.device
+        chunks[-1].append(name)
+        room -= tensor.numel()
+    return chunks

@@ -1,0 +1,131 @@
+"""The commands and files that guides show, and places where they can be run: tiny models and photographs.
+
+`python -m tests.guides FOLDER` makes such a place for docs/fine_tune.md, to type its commands by hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tests.conftest import PHOTOS, ROOT
+from tests.support import run_tool
+
+DOCS = ROOT / "docs"
+LAUNCHED = "accelerate launch "
+TRAINING = (
+    "--resolution=64",
+    "--min_bucket_reso=64",
+    "--max_bucket_reso=128",
+    "--max_data_loader_n_workers=0",
+    "--overwrite",
+)
+"""What makes a training small."""
+
+SMALL = {
+    "gen_img.py": ("--W=64", "--H=64", "--steps=2"),
+    "finetune/prepare_buckets_latents.py": ("--max_resolution=64", "--min_bucket_reso=64", "--max_bucket_reso=128"),
+    "tools/cache_latents.py": TRAINING,
+    "tools/cache_text_encoder_outputs.py": TRAINING,
+    "tools/check_dataset.py": ("--max_data_loader_n_workers=0",),
+}
+"""By script: what is put behind its command lines to make them small."""
+
+
+def blocks(guide: Path, language: str) -> list[str]:
+    """Return the contents of all fenced blocks of a language; those in lists are moved to the margin."""
+    text = re.sub(r"^ +(?=```)", "", guide.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [content for kind, content in fences if kind == language]
+
+
+def commands(guide: Path) -> list[str]:
+    """Return all command lines of a guide, in order."""
+    return [line.strip() for block in blocks(guide, "bash") for line in block.splitlines()]
+
+
+def ours(guide: Path) -> list[str]:
+    """Return the command lines of a guide that run something of the toolkit."""
+    return [line for line in commands(guide) if line.startswith((LAUNCHED, "python "))]
+
+
+def write_files(guide: Path, folder: Path) -> None:
+    """Write the files that a guide shows with their name in a comment on the first line, small, into a folder."""
+    for block in (*blocks(guide, "toml"), *blocks(guide, "")):
+        named = re.match(r"# ([\w.]+\.(?:toml|txt))\b", block)
+        if named:
+            small = re.sub(r'= "?(?:512|640)"?', "= 64\nmin_bucket_reso = 64", block)
+            (folder / named[1]).write_text(re.sub(r"--([wh]) 512", r"--\1 64", small), encoding="utf-8")
+
+
+def copy_photographs(folder: Path, *, sources: Iterable[str], each: int = 2, captions: bool = False) -> Path:
+    """Copy photographs that come along as `duck_00.jpg` and so on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for source in sources:
+        for path in sorted((PHOTOS / source).glob("*.jpg"))[:each]:
+            shutil.copy(path, folder / f"{source}_{path.name}")
+            if captions:
+                shutil.copy(path.with_suffix(".caption"), folder / f"{source}_{path.stem}.caption")
+    return folder
+
+
+def describing_models(folder: Path) -> None:
+    """Make a tiny BLIP in `blip`, and a tiny tagger in `tagger` where the package for it is installed."""
+    from importlib.util import find_spec
+
+    from tests.caption_models import make_blip
+
+    make_blip(folder / "blip")
+    if find_spec("onnx") is not None:
+        from tests.unit.finetune.tagger_models import default_tagger
+
+        default_tagger(folder / "tagger")
+
+
+def run(line: str, *more: str) -> int:
+    """Run a command line of a guide in this process, small; returns the exit status.
+
+    Args:
+        line: `python script ...` or `accelerate launch script ...`, perhaps with `> file` at its end.
+        more: further words, put behind the others.
+    """
+    script, words, target = _parsed(line)
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        status = run_tool(module.main, *words, *SMALL.get(script, ()), *more)
+    if target:
+        Path(target).write_text(said.getvalue(), encoding="utf-8")
+    return status
+
+
+def _parsed(line: str) -> tuple[str, list[str], str]:
+    """Return script, its words, and the file that its output goes to."""
+    words = shlex.split(line)
+    place = next(number for number, word in enumerate(words) if word.endswith(".py"))
+    script, rest = words[place], words[place + 1 :]
+    if ">" in rest:
+        rest, target = rest[: rest.index(">")], rest[-1]
+        return script, rest, target
+    return script, rest, ""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Make a folder in which the commands of docs/fine_tune.md can be typed."""
+    from library.models.random_models import make_random_sd
+
+    folder = Path(argv[0])
+    copy_photographs(folder / "photos", sources=("bear", "car", "duck", "robot"), each=5)
+    describing_models(folder)
+    make_random_sd(folder / "model.safetensors", family="sd1")
+    make_random_sd(folder / "model_768.safetensors", family="sd2", v_prediction=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

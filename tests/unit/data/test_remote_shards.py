@@ -1,0 +1,197 @@
+"""Shards on S3 and on web servers, from servers that the tests start themselves."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from tar_helpers import make_shard, picture
+
+from library.data import remote_files, tar_index
+from library.data.images import load_image
+from library.data.remote_files import list_remote, local_copy, remote_facts, remote_reader
+from library.data.shards import expand_shards
+from library.data.tar_index import index_shard
+from library.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _hasty(monkeypatch):
+    monkeypatch.setattr(remote_files, "_WAITS", (0.01, 0.01))
+
+
+class Server(ThreadingHTTPServer):
+    """Serves bytes under names; keeps the ranges that were asked for."""
+
+    def __init__(self, contents: dict[str, bytes], *, ranges: bool = True) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.contents, self.ranges = contents, ranges
+        self.asked: list[str | None] = []
+        self.failures = 0
+
+    def url(self, name: str) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/{name}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_HEAD(self) -> None:  # noqa: N802
+        self.do_GET(body=False)
+
+    def do_GET(self, *, body: bool = True) -> None:  # noqa: N802
+        data = self.server.contents.get(self.path[1:])
+        if data is None:
+            self.send_error(404)
+            return
+        if body and self.server.failures:
+            self.server.failures -= 1
+            self.send_error(503)
+            return
+        asked = self.headers.get("Range")
+        status, start, end = 200, 0, len(data)
+        if asked and self.server.ranges:
+            first, last = asked.removeprefix("bytes=").split("-")
+            status, start, end = 206, int(first), min(int(last or len(data)) + 1, len(data))
+        if body:
+            self.server.asked.append(asked)
+        self.send_response(status)
+        self.send_header("Content-Length", str(end - start))
+        self.send_header("ETag", f'"{hash(data)}"')
+        if self.server.ranges:
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
+        self.end_headers()
+        if body:
+            self.wfile.write(data[start:end])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def serve(tmp_path):
+    pytest.importorskip("aiohttp")
+    servers = []
+
+    def start(**settings):
+        shard = make_shard(tmp_path / "source" / "a.tar", 4)
+        server = Server({"a.tar": shard.read_bytes(), "page": b"<html>" + b"x" * 1000}, **settings)
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_members_are_read_by_ranges(serve, tmp_path, monkeypatch):
+    server = serve()
+    url = server.url("a.tar")
+    index = index_shard(url, cache_dir=str(tmp_path / "cache"))
+    assert [sample.caption for sample in index] == [f"caption {number}" for number in range(4)]
+    server.asked.clear()
+    sample = index.sample(2)
+    assert sample.picture.read() == picture(2)
+    assert server.asked == [f"bytes={sample.picture.offset}-{sample.picture.offset + sample.picture.size - 1}"]
+    assert load_image(str(sample.picture)).shape == (16, 24, 3)
+    monkeypatch.setattr(tar_index, "collect", None)
+    assert len(index_shard(url, cache_dir=str(tmp_path / "cache"))) == 4
+
+
+def test_a_changed_file_is_indexed_anew(serve, tmp_path):
+    server = serve()
+    cache = str(tmp_path / "cache")
+    assert len(index_shard(server.url("a.tar"), cache_dir=cache)) == 4
+    server.contents["a.tar"] = make_shard(tmp_path / "b.tar", 2).read_bytes()
+    assert len(index_shard(server.url("a.tar"), cache_dir=cache)) == 2
+
+
+def test_passing_errors_are_tried_again(serve):
+    server = serve()
+    server.failures = 2
+    assert remote_reader(server.url("a.tar"))(0, 5) == server.contents["a.tar"][:5]
+    server.failures = 9
+    with pytest.raises(OSError, match="after 3 attempts"):
+        remote_reader(server.url("a.tar"))(0, 5)
+
+
+def test_what_cannot_be_read(serve, tmp_path):
+    server = serve()
+    with pytest.raises(UserError, match="none.tar.*not found"):
+        index_shard(server.url("none.tar"))
+    with pytest.raises(UserError, match="page.*HTML"):
+        index_shard(server.url("page"))
+    with pytest.raises(UserError, match="cannot be read"):
+        remote_facts("http://127.0.0.1:9/a.tar")
+    whole = serve(ranges=False)
+    with pytest.raises(UserError, match="whole files"):
+        index_shard(whole.url("a.tar"))
+
+
+def test_copies_are_made_once(serve, tmp_path):
+    server = serve()
+    copy = local_copy(server.url("a.tar"), tmp_path / "copies")
+    assert copy.read_bytes() == server.contents["a.tar"]
+    server.asked.clear()
+    assert local_copy(server.url("a.tar"), tmp_path / "copies") == copy
+    assert server.asked == []
+    server.contents["a.tar"] += bytes(512)
+    assert local_copy(server.url("a.tar"), tmp_path / "copies") != copy
+
+
+def test_missing_packages_are_named(monkeypatch):
+    inner = importlib.import_module
+
+    def without(name, *rest):
+        if name in ("s3fs", "aiohttp"):
+            raise ImportError(name)
+        return inner(name, *rest)
+
+    monkeypatch.setattr(remote_files.importlib, "import_module", without)
+    with pytest.raises(UserError, match=r"s3://bucket/a.tar: .* needs the package s3fs.*pip install fsspec s3fs"):
+        index_shard("s3://bucket/a.tar")
+    with pytest.raises(UserError, match="pip install fsspec aiohttp"):
+        index_shard("https://host/a.tar")
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """A bucket on an S3-compatible server in this process."""
+    server = pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    boto3 = pytest.importorskip("boto3")
+    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="photos")
+    yield client
+    running.stop()
+
+
+def test_s3(bucket, tmp_path):
+    for number in range(2):
+        shard = make_shard(tmp_path / f"{number}.tar", 3, start=3 * number)
+        bucket.upload_file(str(shard), "photos", f"set/{number:04d}.tar")
+    bucket.put_object(Bucket="photos", Key="set/readme.md", Body=b"text")
+    shards = expand_shards("s3://photos/set/")
+    assert shards == ["s3://photos/set/0000.tar", "s3://photos/set/0001.tar"] == list_remote("s3://photos/set")
+    assert expand_shards("s3://photos/set/{0000..0001}.tar") == shards
+    samples = [sample for shard in shards for sample in index_shard(shard, cache_dir=str(tmp_path / "cache"))]
+    assert [sample.key for sample in samples] == [f"set/{number:04d}" for number in range(6)]
+    assert samples[4].picture.read() == picture(4)
+    assert local_copy(shards[1], tmp_path / "copies").read_bytes() == (tmp_path / "1.tar").read_bytes()
+    with pytest.raises(UserError, match="cannot be read"):
+        index_shard("s3://photos/none.tar")
+    with pytest.raises(UserError, match="no .tar file"):
+        expand_shards("s3://photos/empty/")
