@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from finetune.metadata_parts import check_metadata_output  # noqa: E402
 from library import cli  # noqa: E402
 from library.errors import Problem, UserError  # noqa: E402
 from library.option_groups import OptionGroup, OptionSet, opt  # noqa: E402
@@ -71,8 +72,7 @@ class PrepareOptions(OptionGroup, title="preparation"):
         """Refuse what cannot be read, and an output that is no metadata file."""
         if self.bucket_reso_steps % 8:
             yield Problem("--bucket_reso_steps", f"{self.bucket_reso_steps} is not a multiple of 8", "Use 64.")
-        if self.out_json and Path(self.out_json).suffix.lower() not in (".json", ".jsonl"):
-            yield Problem(self.out_json, "is no name of a metadata file", "End it with .json or .jsonl.")
+        yield from check_metadata_output("out_json", self.out_json)
         if self.in_json and not Path(self.in_json).is_file():
             yield Problem(self.in_json, "no such metadata file", "merge_captions_to_metadata.py makes one.")
 

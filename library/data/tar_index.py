@@ -293,8 +293,33 @@ def _loaded(path: Path, shard: str) -> ShardIndex | None:
     except (NotAnArrayFile, KeyError, TypeError, ValueError) as error:
         _log.warning("%s is damaged (%s): the tar file is indexed anew", path, error)
         return None
-    rows = {len(index.names), len(index.spans), len(index.headers), len(index.texts), int(index.starts[-1])}
-    return index if len(rows) == 1 and len(index.starts) == len(index.keys) + 1 else None
+    return index if _is_sound(index) else None
+
+
+def _is_sound(index: ShardIndex) -> bool:
+    """Tell whether the columns fit each other: nobody knows who wrote the file."""
+    if not all(_reads(column) for column in (index.keys, index.names, index.texts)):
+        return False
+    members = len(index.names)
+    shapes = ((index.starts, (len(index.keys) + 1,)), (index.spans, (members, 2)), (index.headers, (members, 3)))
+    if not all(array.shape == shape and array.dtype.kind == "i" for array, shape in shapes):
+        return False
+    inside = bool((index.spans >= 0).all() and (index.spans.sum(axis=1) <= index.version[0]).all())
+    return len(index.texts) == members and _ascends(index.starts, members) and inside
+
+
+def _reads(column: TextColumn) -> bool:
+    """Tell whether every text of a column can be read."""
+    try:
+        return _ascends(column.offsets, len(column.blob)) and all(text is not None for text in column)
+    except UnicodeDecodeError:
+        return False
+
+
+def _ascends(offsets: NDArray[Any], end: int) -> bool:
+    """Tell whether offsets lead from 0 to `end` without a step back."""
+    whole = offsets.ndim == 1 and offsets.dtype.kind == "i" and len(offsets) > 0
+    return whole and offsets[0] == 0 and offsets[-1] == end and bool((np.diff(offsets) >= 0).all())
 
 
 def _column(arrays: dict[str, NDArray[Any]], name: str) -> TextColumn:

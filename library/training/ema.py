@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
+
+if TYPE_CHECKING:
+    from library.training.options_ema import EmaOptions
 
 _CHUNK = 1 << 26
 """Numbers that are converted at the same time where weights are not float32."""
@@ -127,15 +130,26 @@ class WeightAverage:
         return tensor.shape == self._averages[name].shape
 
 
+def average_of(options: EmaOptions, modules: Mapping[str, nn.Module]) -> WeightAverage | None:
+    """Return the average that the options ask for, None where they ask for none."""
+    if options.ema_decay is None:
+        return None
+    return WeightAverage(
+        modules,
+        decay=options.ema_decay,
+        start=options.ema_start_steps,
+        every=options.ema_every_n_steps,
+        device=None if options.ema_device is None else torch.device(options.ema_device),
+    )
+
+
 def _tensors(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
     for part, module in modules.items():
         # Not `state_dict()`, which may hand out products of parameters.
         for name, tensor in module.named_parameters():
             yield f"{part}.{name}", tensor
         stored = set(module.state_dict())
-        for name, tensor in module.named_buffers():
-            if name in stored:
-                yield f"{part}.{name}", tensor
+        yield from ((f"{part}.{name}", buffer) for name, buffer in module.named_buffers() if name in stored)
 
 
 def _copy(tensor: Tensor, device: torch.device | None) -> Tensor:

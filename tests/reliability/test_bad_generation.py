@@ -54,40 +54,38 @@ class Place:
         return errors[0]
 
     def file(self, name: str) -> Path:
-        """Return a file that is not what it is taken for."""
+        """Return a file that is not what it is taken for; `missing` is not made."""
         path = self.folder / name
-        kind, _, suffix = name.partition(".")
-        if kind == "hostile":
-            torch.save({"state_dict": {"a": Payload(self.folder / "witness")}}, path)
-        elif kind == "text":
-            path.write_text("hello " * 100)
-        elif kind == "lora":
-            save(path, small_lora("sd15"))
-        elif kind == "sdxl_lora":
-            save(path, small_lora("sdxl"))
-        elif kind == "embedding":
-            write_embedding(path, {"clip_l": torch.ones(1, 64)})
-        elif kind == "wide":
-            write_embedding(path, {"clip_l": torch.ones(1, 768)})
-        elif kind == "sdxl_embedding":
-            write_embedding(path, {"clip_l": torch.ones(1, 64), "clip_g": torch.ones(1, 128)})
-        elif kind == "nan_embedding":
-            save_file({"emb_params": torch.full((1, 64), float("nan"))}, path)
-        elif kind == "vae":
-            save_file({k: v for k, v in load_file(self.model).items() if k.startswith("first_stage")}, path)
-        elif kind == "cut":
-            path.write_bytes(self.model.read_bytes()[:-9])
-        elif kind == "nan":
-            tensors = load_file(self.model)
-            tensors["model.diffusion_model.middle_block.1.norm.weight"].fill_(float("nan"))
-            save_file(tensors, path)
-        elif kind == "control":
-            write_control_net(control_net("sd1"), path, "original")
-        elif kind == "sd2_control":
-            write_control_net(control_net("sd2"), path, "original")
-        elif kind == "sdxl_control":
-            write_control_net(control_net("sd1", cross_attention_dim=2048), path, "original")
+        kind = name.partition(".")[0]
+        if kind != "missing":
+            MAKERS[kind](path, self.model)
         return path
+
+
+def with_nan(path: Path, model: Path) -> None:
+    tensors = load_file(model)
+    tensors["model.diffusion_model.middle_block.1.norm.weight"].fill_(float("nan"))
+    save_file(tensors, path)
+
+
+MAKERS = {
+    "hostile": lambda path, _: torch.save({"state_dict": {"a": Payload(path.with_name("witness"))}}, path),
+    "text": lambda path, _: path.write_text("hello " * 100),
+    "lora": lambda path, _: save(path, small_lora("sd15")),
+    "sdxl_lora": lambda path, _: save(path, small_lora("sdxl")),
+    "embedding": lambda path, _: write_embedding(path, {"clip_l": torch.ones(1, 64)}),
+    "wide": lambda path, _: write_embedding(path, {"clip_l": torch.ones(1, 768)}),
+    "sdxl_embedding": lambda path, _: write_embedding(
+        path, {"clip_l": torch.ones(1, 64), "clip_g": torch.ones(1, 128)}
+    ),
+    "nan_embedding": lambda path, _: save_file({"emb_params": torch.full((1, 64), float("nan"))}, path),
+    "vae": lambda path, model: save_file({k: v for k, v in load_file(model).items() if "first_stage" in k}, path),
+    "cut": lambda path, model: path.write_bytes(model.read_bytes()[:-9]),
+    "nan": with_nan,
+    "control": lambda path, _: write_control_net(control_net("sd1"), path, "original"),
+    "sd2_control": lambda path, _: write_control_net(control_net("sd2"), path, "original"),
+    "sdxl_control": lambda path, _: write_control_net(control_net("sd1", cross_attention_dim=2048), path, "original"),
+}
 
 
 @pytest.fixture
@@ -100,7 +98,7 @@ def place(tmp_path, tiny_sd1, capsys):
     [
         ("hostile.ckpt", "refused: this pickle wants to use"),
         ("text.ckpt", "text.ckpt: "),
-        ("lora.safetensors", "give the network with --network_weights"),
+        ("lora.safetensors", "the network with --network_weights"),
         ("embedding.safetensors", "embedding with --textual_inversion_embeddings"),
         ("vae.safetensors", "looks like a VAE alone"),
         ("cut.safetensors", "incomplete"),
@@ -108,7 +106,7 @@ def place(tmp_path, tiny_sd1, capsys):
     ],
 )
 def test_what_is_no_model(place, no_loading, name, word):
-    assert word.lower() in place.refused(model=place.file(name)).lower().replace("and the network", "give the network")
+    assert word in place.refused(model=place.file(name))
 
 
 def test_a_model_with_nan(place):
@@ -274,23 +272,27 @@ def test_prompts_of_all_kinds(place):
     path.write_text("\n".join(lines), encoding="utf-8")
     status, said = place.run(f"--from_file={path}", prompt=None)
     assert status == 2
+    left_out = [line for line in said.splitlines() if "prompt left out" in line]
     for number, line in enumerate(lines, 1):
-        assert (f"line {number}: " in said) == (line in REFUSED) or "tokens are used" in said
+        assert any(f"line {number}: " in one for one in left_out) == (line in REFUSED), line
     assert "\x1b[31m" not in said and "\x07" not in said
-    made = [Image.open(one).text["prompt"] for one in place.out.glob("*.png")]
-    assert {"first", "last"} <= set(made) and len(made) >= 2 + len(UNUSUAL) - 1
+    made = [Image.open(one).text.get("prompt") for one in place.out.glob("*.png")]
+    assert {"first", "last"} <= set(made) and len(made) == 2 + len(UNUSUAL)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["../../outside", "/tmp/outside", "..\\..\\outside", "~/outside", "CON", ".hidden", "a/../../outside", "a" * 4000],
-)
-def test_names_stay_in_the_folder(place, name):
-    before = {path for path in place.folder.rglob("*")}
-    status, said = place.run(prompt=f"a cat --d 1 --f {name}")
-    assert status == 0, said
-    made = {path for path in place.folder.rglob("*") if path.is_file()} - before
-    assert len(made) == 1 and made.pop().is_relative_to(place.out)
+OUTSIDE = ("../../outside", "/tmp/outside", "..\\..\\outside", "~/outside", "CON", "a/../../outside", "a" * 4000)
+
+
+def test_names_stay_in_the_folder(place):
+    path = place.folder / "prompts.txt"
+    path.write_text("".join(f"a cat --f {name}\n" for name in (*OUTSIDE, ".hidden")), encoding="utf-8")
+    before = set(place.folder.rglob("*"))
+    status, said = place.run(f"--from_file={path}", prompt=None)
+    assert status == 2
+    for number in range(1, len(OUTSIDE) + 1):
+        assert f"line {number}: --f is " in said
+    made = {one for one in place.folder.rglob("*") if one.is_file()} - before
+    assert all(one.is_relative_to(place.out) for one in made) and len(made) <= 1
     assert not Path("/tmp/outside.png").exists()
 
 

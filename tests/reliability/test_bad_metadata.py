@@ -92,7 +92,6 @@ def test_metadata_of_the_wrong_shape(place, no_loading, tmp_path, name, content)
 def test_pictures_that_are_elsewhere(place, no_loading, key, word):
     status, errors, said = place("fine-tuning", json.dumps({key: {"caption": "x"}}).encode())
     assert status == 2 and word in "\n".join(errors), said
-    assert place("preparing", json.dumps({"gone": {"caption": "x"}}).encode())
 
 
 def test_preparation_tells_what_it_did_not_find(place, tmp_path, caplog):

@@ -25,6 +25,12 @@ from library.checkpoints.parts import SaveSettings
 from library.checkpoints.save_cascade import file_tensors, save_component, save_part
 from library.checkpoints.tensor_files import NonFiniteWeights
 from library.errors import UserError
+from library.models.cascade.control_net import build_control_net
+from library.models.cascade.effnet import build_effnet
+from library.models.cascade.previewer import build_previewer
+from library.models.cascade.stage_a import build_stage_a
+from library.models.cascade.unet import build_stage
+from library.models.cascade.vision import build_image_encoder
 from library.models.random_cascade import (
     TINY_A,
     TINY_B,
@@ -320,6 +326,30 @@ def test_damaged_files_give_one_line(part, lost, files, tmp_path):
     with pytest.raises(UserError) as caught:
         LOADERS[part](tmp_path / "damaged.safetensors")
     assert "\n" not in str(caught.value)
+
+
+BUILDERS = {
+    "stage_c": build_stage,
+    "stage_b": build_stage,
+    "stage_a": build_stage_a,
+    "effnet": build_effnet,
+    "previewer": build_previewer,
+    "controlnet": build_control_net,
+    "vision": build_image_encoder,
+}
+
+
+@pytest.mark.parametrize("part", BUILDERS)
+def test_tensors_of_other_shapes_are_refused_whichever_they_are(part, tmp_path):
+    tensors = written(part)
+    names = [name for name in tensors if not name.endswith("num_batches_tracked")]
+    for number, name in enumerate(names[:: max(1, len(names) // 25)]):
+        for shape in ((), (0,) * tensors[name].dim(), (3, 2), (5, 1, 2, 2))[number % 2 :: 2]:
+            save_file({**tensors, name: torch.zeros(shape)}, tmp_path / "odd.safetensors")
+            with pytest.raises(UserError) as caught:
+                loaded = LOADERS[part](tmp_path / "odd.safetensors")
+                BUILDERS[part](loaded.config, loaded.tensors, device=torch.device("cpu"), dtype=torch.float32)
+            assert "\n" not in str(caught.value)
 
 
 def test_folders_without_the_part(tmp_path):

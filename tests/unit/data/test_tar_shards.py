@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from tar_helpers import make_shard, picture, sample_files, write_tar
 
 from library.data import tar_index, tar_samples
+from library.data.array_file import pack_arrays, unpack_arrays
 from library.data.images import BadImage, image_size, load_image
 from library.data.shards import expand_braces, expand_shards
 from library.data.storage import Locator, locator_of, read_part
@@ -295,6 +296,31 @@ def test_the_index_is_kept_and_renewed(tmp_path, monkeypatch):
         kept.write_bytes(damaged)
         assert index_shard(str(shard)).sample(1).caption == "caption 1"
     assert len(reads) == 6
+
+
+@pytest.mark.parametrize(
+    ("column", "change"),
+    [
+        ("starts", lambda a: a[::-1].copy()),
+        ("starts", lambda a: a.astype(np.float64)),
+        ("spans", lambda a: a.reshape(-1)),
+        ("spans", lambda a: -a),
+        ("spans", lambda a: a + 10**9),
+        ("headers", lambda a: a[:-1]),
+        ("keys_offsets", lambda a: a + 1),
+        ("texts_offsets", lambda a: a * 0),
+        ("names_offsets", lambda a: a[:0]),
+        ("texts", lambda a: a | 128),
+    ],
+)
+def test_an_index_that_somebody_forged_is_not_used(tmp_path, column, change):
+    shard = make_shard(tmp_path / "a.tar", 3)
+    wanted = list(index_shard(str(shard)))
+    [path] = index_paths(str(shard), None)
+    header, arrays = unpack_arrays(path.read_bytes(), verify=True)
+    arrays[column] = change(arrays[column])
+    path.write_bytes(b"".join(pack_arrays(header, arrays.items())))
+    assert list(index_shard(str(shard))) == wanted
 
 
 def test_a_file_that_was_just_changed_gets_no_index(tmp_path, monkeypatch):

@@ -66,7 +66,7 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     assert pack(source, target, "--shard_size=2") == 0
     (target / "data-0001.tar").write_bytes((target / "data-0001.tar").read_bytes()[:3000])
     (target / "data-0003.tar").unlink()
-    (source / "0005.txt").write_text("another caption", encoding="utf-8")
+    (source / "0005.txt").write_text("CAPTION 5", encoding="utf-8")
     from library.data import tar_writing
 
     written = []
@@ -74,7 +74,7 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(tar_writing, "write_shard", lambda path, shard: written.append(path.name) or inner(path, shard))
     assert pack(source, target, "--shard_size=2", "--skip_existing") == 0
     assert written == ["data-0001.tar", "data-0002.tar", "data-0003.tar"]
-    assert index_shard(str(target / "data-0002.tar")).sample(1).caption == "another caption"
+    assert index_shard(str(target / "data-0002.tar")).sample(1).caption == "CAPTION 5"
 
 
 def test_bad_files_are_named_and_the_rest_is_packed(tmp_path, caplog):

@@ -9,9 +9,15 @@ import torch
 from torch import nn
 
 from library.checkpoints.tensor_files import open_tensors, write_safetensors
+from library.contracts import Position, RunLength
 from library.errors import UserError
 from library.training import ema
-from library.training.ema import WeightAverage
+from library.training.ema import WeightAverage, average_of
+from library.training.objective_cascade import GDFObjective
+from library.training.options import LossOptions, NoiseOptions
+from library.training.options_cascade import CascadeLossOptions
+from library.training.options_ema import EmaOptions
+from library.training.state import StateInfo, StateParts, load_state, save_state, verify_state
 
 
 def model(dtype=torch.float32, seed=0):
@@ -144,3 +150,42 @@ def test_an_average_of_another_model_is_refused():
     for settings in ({"decay": 1.0}, {"decay": 0.9, "every": 0}):
         with pytest.raises(ValueError, match="impossible"):
             WeightAverage({"a": model()}, **settings)
+
+
+def test_a_state_carries_average_and_adaptive_weights(tmp_path):
+    """With the real writer of states, as a run of Stable Cascade will use it."""
+
+    def parts(seed):
+        trained = model(seed=seed)
+        optimizer = torch.optim.AdamW(trained.parameters())
+        aim = GDFObjective(
+            NoiseOptions(), LossOptions(), CascadeLossOptions(adaptive_loss_weight=True), torch.device("cpu")
+        )
+        average = average_of(EmaOptions(ema_decay=0.9), {"unet": trained})
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        return StateParts({"unet": trained}, optimizer, schedule, objective=aim, ema=average)
+
+    before, after = parts(0), parts(1)
+    change(before.modules["unet"], 0.3)
+    before.ema.update(1)
+    before.objective.adaptive.observe(torch.tensor([7]), torch.tensor([0.5]))
+    before.objective.after_update(lambda tensor: tensor)
+    before.optimizer.step()
+    length = RunLength(10, 2, 10, 2, 2, 1)
+    info = StateInfo(position=Position(1, 0, 1), seed=1, length=length, output_name="x")
+    save_state(tmp_path / "x-state", before, info)
+    load_state(verify_state(tmp_path / "x-state"), after)
+    assert torch.equal(after.objective.adaptive.losses, before.objective.adaptive.losses)
+    for name, tensor in before.ema.tensors().items():
+        assert torch.equal(after.ema.tensors()[name], tensor)
+    assert after.ema.updates == 1
+
+
+def test_options():
+    assert average_of(EmaOptions(), {"a": model()}) is None
+    made = average_of(
+        EmaOptions(ema_decay=0.9, ema_start_steps=5, ema_every_n_steps=2, ema_device="cpu"), {"a": model()}
+    )
+    assert (made.decay, made.start, made.every) == (0.9, 5, 2)
+    assert list(EmaOptions(ema_decay=1.0).check())
+    assert not list(EmaOptions(ema_decay=0.9).check())
