@@ -3,7 +3,7 @@
 python quickstart.py                                                      a tiny random model, pictures from examples/
 python quickstart.py --model M --images DIR --prompt "sks dog"            your model and your pictures
 
-Both train a LoRA; with `--method dreambooth` the whole model.
+Both train a LoRA; with `--method dreambooth` the whole model, with `--method textual_inversion` a word.
 """
 
 from __future__ import annotations

@@ -23,13 +23,19 @@ logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "quickstart"
 _SUBJECTS = {"duck": "sks duck", "bear": "sks bear", "car": "sks car", "robot": "sks robot"}
-_SCRIPTS = {"lora": "train_network.py", "dreambooth": "train_db.py"}
-_STEPS = {"lora": 1000, "dreambooth": 400}
+_SCRIPTS = {
+    "lora": "train_network.py",
+    "dreambooth": "train_db.py",
+    "textual_inversion": "train_textual_inversion.py",
+}
+_STEPS = {"lora": 1000, "dreambooth": 400, "textual_inversion": 1000}
+_MADE = {"lora": "LoRA", "dreambooth": "trained model", "textual_inversion": "embedding"}
 _ROOMY = 12 * 1024**3
 """GPU memory from which activations of a LoRA training are kept, in place of being computed again."""
 
 # The U-Net alone: the subject is learnt there, captions are then encoded once, and the text encoder leaves the GPU.
 _LORA = ("--network_module=networks.lora", "--network_dim=16", "--network_alpha=8", "--network_train_unet_only")
+_VECTORS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +72,15 @@ def _tiny(options: QuickstartOptions, output: Path) -> Plan:
 
     logger.info("making a tiny random model: its pictures are noise, but every step is the real one")
     model = make_random_sd(output / "tiny_model.safetensors", family="sd1")
-    folders = [(ROOT / "examples" / "photos" / name, words) for name, words in _SUBJECTS.items()]
+    subjects = _SUBJECTS if options.method != "textual_inversion" else {"duck": _SUBJECTS["duck"]}
+    folders = [(ROOT / "examples" / "photos" / name, words) for name, words in subjects.items()]
     size, steps = options.resolution or 128, options.steps or 24
     return Plan(
         model=str(model),
         dataset=_dataset(folders, size=size, batch_size=2, repeats=1),
-        prompts=_prompts(_SUBJECTS.values(), size=size, steps=8),
+        prompts=_prompts(subjects.values(), size=size, steps=8),
         options=(
-            *(_LORA if options.method == "lora" else ()),
+            *_kind(options.method, subjects["duck"]),
             f"--max_train_steps={steps}",
             "--learning_rate=1e-4",
             "--max_data_loader_n_workers=2",
@@ -93,19 +100,30 @@ def _own(options: QuickstartOptions) -> Plan:
         options=(
             *_family_flags(str(options.model)),
             *_hardware(options.method),
-            *_method(options.method, steps),
+            *_method(options.method, steps, prompt),
             f"--max_train_steps={steps}",
         ),
     )
 
 
-def _method(method: str, steps: int) -> list[str]:
-    """Return what the methods do differently; of a LoRA, which is small, several are kept to choose from."""
+def _kind(method: str, prompt: str) -> Sequence[str]:
+    """Return what is trained: the options that belong to the method, whatever the model."""
+    if method == "lora":
+        return _LORA
+    if method == "dreambooth":
+        return ()
+    word, *_, known = prompt.split()
+    inversion = [f"--token_string={word}", f"--init_word={known}", f"--num_vectors_per_token={_VECTORS}"]
+    return [*inversion, "--use_object_template", "--save_model_as=safetensors"]
+
+
+def _method(method: str, steps: int, prompt: str) -> list[str]:
+    """Return what the methods do differently; of files, which are small, several are kept to choose from."""
     if method == "dreambooth":
         return ["--learning_rate=2e-6", "--gradient_checkpointing", f"--sample_every_n_steps={min(100, steps)}"]
     every = max(1, steps // 5)
-    rest = [f"--save_every_n_steps={every}", f"--sample_every_n_steps={every}"]
-    return [*_LORA, "--learning_rate=1e-4", "--save_precision=fp16", *rest]
+    rate = ["--learning_rate=1e-4", "--save_precision=fp16"] if method == "lora" else ["--learning_rate=5e-3"]
+    return [*_kind(method, prompt), *rate, f"--save_every_n_steps={every}", f"--sample_every_n_steps={every}"]
 
 
 def _family_flags(model: str) -> list[str]:
@@ -181,7 +199,7 @@ def _command(method: str, plan: Plan, output: Path) -> list[str]:
 
 def _told(options: QuickstartOptions, output: Path) -> Iterator[str]:
     """Yield what was made, where, and how to use it."""
-    what = "LoRA" if options.method == "lora" else "trained model"
+    what = _MADE[options.method]
     made = sorted(path for path in output.glob(f"{NAME}*") if path.suffix in (".safetensors", ".ckpt") or path.is_dir())
     finals = [path for path in made if path.stem == NAME]
     yield from ("", "Done. What was made:")
@@ -206,18 +224,24 @@ def _told(options: QuickstartOptions, output: Path) -> Iterator[str]:
 
 def _usage(options: QuickstartOptions, made: Path) -> Iterator[str]:
     """Yield how other programs take the result."""
-    is_lora = options.method == "lora"
-    model = options.model or "model.safetensors"
-    base = model if is_lora else str(made)
+    method, prompt = options.method, options.prompt or "sks duck"
+    whole = method == "dreambooth"
+    base = str(made) if whole else options.model or "model.safetensors"
     load = "from_single_file" if Path(base).suffix in (".safetensors", ".ckpt") else "from_pretrained"
+    folder, word = made.parent.as_posix(), prompt.split()[0]
     yield from ("", "How to use it" + ("" if options.model else ", once it was made for a real model") + ":")
     yield f'  diffusers         pipe = StableDiffusionPipeline.{load}("{Path(base).as_posix()}").to("cuda")'
-    if is_lora:
-        yield f'                    pipe.load_lora_weights("{made.parent.as_posix()}", weight_name="{made.name}")'
-    yield f'                    pipe("a photo of {options.prompt or "sks duck"}").images[0].save("picture.png")'
-    if is_lora:
+    if method == "lora":
+        yield f'                    pipe.load_lora_weights("{folder}", weight_name="{made.name}")'
+    elif method == "textual_inversion":
+        yield f'                    pipe.load_textual_inversion("{folder}", weight_name="{made.name}", token="{word}")'
+    yield f'                    pipe("a photo of {prompt}").images[0].save("picture.png")'
+    if method == "lora":
         yield "  ComfyUI           copy it to models/loras, and add the node Load LoRA"
         yield f"  A1111 web UI      copy it to models/Lora, and write <lora:{made.stem}:1> into the prompt"
+    elif method == "textual_inversion":
+        yield f"  ComfyUI           copy it to models/embeddings, and write embedding:{made.stem} into the prompt"
+        yield f"  A1111 web UI      copy it to embeddings, and write {made.stem} into the prompt"
     else:
         yield "  ComfyUI           copy it to models/checkpoints"
         yield "  A1111 web UI      copy it to models/Stable-diffusion"

@@ -19,8 +19,9 @@ class QuickstartOptions(OptionGroup, title="quickstart"):
     prompt: str | None = opt(None, help="What they show, with a rare word for it, such as: sks dog")
     method: str = opt(
         "lora",
-        choices=("lora", "dreambooth"),
-        help="lora: a small file beside the model, for cards of 8 to 12 GB. dreambooth: a whole model.",
+        choices=("lora", "dreambooth", "textual_inversion"),
+        help="lora: a small file beside the model, for cards of 8 to 12 GB. dreambooth: a whole model. "
+        "textual_inversion: the meaning of the first word of --prompt, which begins as the last one.",
     )
     output: str = opt("quickstart_output", path=True, help="Folder for everything that is made.")
     steps: int | None = opt(
@@ -36,6 +37,8 @@ class QuickstartOptions(OptionGroup, title="quickstart"):
         missing = [name for name, value in values.items() if not value]
         if missing and len(missing) < len(values):
             yield Problem(missing[0], "is required too", "Give --model, --images and --prompt together.")
+        if self.method == "textual_inversion" and self.prompt and len(self.prompt.split()) < 2:
+            yield Problem("--prompt", "must have two words: a new one and what it is", "For example: zduck duck")
         if self.images and not Path(self.images).is_dir():
             yield Problem("--images", f"{self.images} is not a folder")
         elif self.images and not any(path.is_file() for path in Path(self.images).iterdir()):

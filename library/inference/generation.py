@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from library.errors import Problem, UserError
@@ -69,10 +69,10 @@ def generate(opts: GenerationOptions) -> None:
     if opts.source.interactive:
         # Who types a prompt wants to see its pictures before the next one, whatever the batch size.
         for group in run.groups():
-            studio.draw(_pictures(studio, inputs, run.prompts_before, group))
+            studio.draw(_pictures(studio, inputs, run.pictures_before, group))
     else:
         studio.draw(
-            picture for group in run.groups() for picture in _pictures(studio, inputs, run.prompts_before, group)
+            picture for group in run.groups() for picture in _pictures(studio, inputs, run.pictures_before, group)
         )
     _conclude(folder, studio, run)
 
@@ -146,17 +146,17 @@ def _report(problem: Problem) -> None:
     logger.error("prompt left out: %s", problem)
 
 
-def _pictures(studio: Studio, inputs: InputPictures, number: int, group: Sequence[PromptRequest]) -> Sequence[Picture]:
-    """Return the pictures of a prompt; those whose own pictures cannot be read are reported and left out."""
+def _pictures(studio: Studio, inputs: InputPictures, before: int, group: Sequence[PromptRequest]) -> Iterator[Picture]:
+    """Yield the pictures of a prompt; one whose own files cannot be read is reported and left out."""
     if group[0].clip_prompt:
         logger.warning("%s: --c is only stored with the picture: nothing here guides by CLIP", group[0].where)
-    try:
-        return inputs.pictures(number, group)
-    except UserError as error:
-        for problem in error.problems:
-            _report(problem)
-        studio.failed += len(group)
-        return ()
+    for turn, request in enumerate(group, start=before):
+        try:
+            yield inputs.picture(turn, request)
+        except UserError as error:
+            for problem in error.problems:
+                _report(problem)
+            studio.failed += 1
 
 
 def _conclude(folder: PictureFolder, studio: Studio, run: PromptRun) -> None:

@@ -39,8 +39,8 @@ class ImageInputOptions(OptionGroup, title="pictures to start from"):
     image_path: str | None = opt(
         None,
         path=True,
-        help="Picture to start from, or a folder of them, which prompts take in turn. Without any prompt they are "
-        "taken from the pictures' own metadata.",
+        help="Picture to start from, or a folder of them, of which every result takes the next one. Without any "
+        "prompt, prompts come from the pictures' own metadata.",
     )
     mask_path: str | None = opt(
         None,

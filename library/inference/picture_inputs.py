@@ -1,4 +1,4 @@
-"""What pictures are made from beside their prompts: files of the command line, taken in turn by successive prompts."""
+"""What pictures are made from beside their prompts: files of the command line, taken in turn."""
 
 from __future__ import annotations
 
@@ -74,37 +74,35 @@ class InputPictures:
         """Whether the mask says where networks and parts of the prompt hold."""
         return self._regional
 
-    def pictures(self, number: int, requests: Sequence[PromptRequest]) -> list[Picture]:
-        """Return what is to be made for the pictures of one prompt.
+    def picture(self, turn: int, request: PromptRequest) -> Picture:
+        """Return what is to be made for one picture.
 
         Args:
-            number: how many prompts came before, bad ones included: pictures are taken in turn. A prompt that was read
-                from a picture belongs to that one.
-            requests: the pictures of the prompt; a side of 0 is one that nobody asked for.
+            turn: how many pictures came before, those of bad prompts included: each takes the next file. A prompt
+                that was read from a file belongs to that one.
+            request: the picture; a side of 0 is one that nobody asked for.
 
         Raises:
-            UserError: a picture cannot be read or is too small.
+            UserError: a file cannot be read or is too small.
         """
-        number = self._own.get(requests[0].where, number)
-        origin = _in_turn(self._images, number)
+        turn = self._own.get(request.where, turn)
+        origin, mask_path = _in_turn(self._images, turn), _in_turn(self._masks, turn)
         image = None if origin is None else opened(origin)
-        mask_path = _in_turn(self._masks, number)
         mask = None if mask_path is None else opened(mask_path)
         inputs = PictureInputs(
             image=image,
             mask=None if self._regional or image is None or mask is None else mask.convert("L"),
             regions=mask if self._regional else None,
-            guides=tuple(opened(path) for path in self._guide_paths(number, requests[0])),
+            guides=tuple(opened(path) for path in self._guide_paths(turn, request)),
         )
-        sized = [self._sized(request, image, str(origin)) for request in requests]
-        return [Picture(request, inputs, origin) for request in sized]
+        return Picture(self._sized(request, image, str(origin)), inputs, origin)
 
-    def _guide_paths(self, number: int, request: PromptRequest) -> tuple[Path, ...]:
+    def _guide_paths(self, turn: int, request: PromptRequest) -> tuple[Path, ...]:
         if not self._nets:
             return ()
         if request.controlnet_image:
             return (Path(request.controlnet_image),) * self._nets
-        return self._guides[number % len(self._guides)] if self._guides else ()
+        return self._guides[turn % len(self._guides)] if self._guides else ()
 
     def _sized(self, request: PromptRequest, image: Image | None, where: str) -> PromptRequest:
         """Give a picture that is made from another its strength, and the sides that nobody asked for."""

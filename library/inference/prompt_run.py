@@ -87,8 +87,8 @@ class PromptRun:
         """Of the run."""
         self.problems: list[Problem] = []
         """All that was wrong with prompts so far, each once."""
-        self.prompts_before = -1
-        """How many prompts, bad ones included, all rounds have read before the one whose pictures came last."""
+        self.pictures_before = 0
+        """How many pictures, those of bad prompts included, were planned before the group that came last."""
 
     def __iter__(self) -> Iterator[PromptRequest]:
         """Yield the pictures of all prompts, each with its seed."""
@@ -101,7 +101,7 @@ class PromptRun:
         A prompt is read when its group is asked for, and no earlier.
         """
         chance = random.Random(self.seed)
-        pictures = 0
+        pictures = planned = 0
         for number in range(self._plan.n_iter):
             now = Round(number, chance, pictures=pictures)
             if self._plan.iter_same_seed:
@@ -109,8 +109,8 @@ class PromptRun:
             if self._plan.shuffle_prompts:
                 now.shuffler = python_random(self.seed, "prompt order", number)
             for index, entry in enumerate(self._source.entries(now)):
-                self.prompts_before += 1
                 group = self._group(entry, index, now)
+                self.pictures_before, planned = planned, planned + (len(group) or self._plan.images_per_prompt)
                 if group:
                     pictures += len(group)
                     now.pictures = pictures

@@ -45,8 +45,10 @@ class RegionalPrompts(Extension):
         """Return the longest part: it is encoded first, the others follow."""
         return max(split_parts(text), key=len)
 
-    def batch_key(self, request: PromptRequest, inputs: PictureInputs) -> tuple[int, bool]:
-        """Return the number of parts, and whether there are regions.
+    def batch_key(self, request: PromptRequest, inputs: PictureInputs) -> tuple[object, ...]:
+        """Return the number of parts, whether there are regions, and the texts where several are encoded together.
+
+        They are filled to the length of the longest, so other texts in the batch would change a picture.
 
         Raises:
             UserError: there are more networks than parts, or networks that cannot be limited to a region.
@@ -54,7 +56,9 @@ class RegionalPrompts(Extension):
         parts = len(split_parts(request.prompt))
         if inputs.regions is not None:
             self._check_networks(parts, request.where)
-        return parts, inputs.regions is not None
+        regional = inputs.regions is not None
+        texts = (request.prompt, request.negative_prompt) if regional or parts > 1 else ()
+        return parts, regional, texts
 
     def _check_networks(self, parts: int, where: str) -> None:
         if len(self._networks) > parts:

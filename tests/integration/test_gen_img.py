@@ -467,6 +467,16 @@ def test_a_bad_prompt_has_its_turn_too(draw, photograph, tmp_path, prompts):
     assert {name: image.text["prompt"] for name, image in pictures.items()} == {"a.png": "a cat", "c.png": "a fox"}
 
 
+def test_the_pictures_of_a_prompt_work_through_the_folder(draw, photograph, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in "abc":
+        Image.open(photograph).save(folder / f"{name}.png")
+    words = ("--prompt=a cat", "--images_per_prompt=4", "--image_path", folder, "--use_original_file_name")
+    _, pictures, _ = draw(*words)
+    assert sorted(pictures) == ["a.png", "a_1.png", "b.png", "c.png"]
+
+
 @pytest.mark.parametrize(
     ("line", "words", "size"),
     [
@@ -483,7 +493,7 @@ def test_the_size_of_pictures_from_pictures(photograph, tmp_path, line, words, s
     opts = parse(gen_img.Options, words)
     request, problems = parse_entry(PromptEntry("line 1", line), defaults(opts), GENERATION, [])
     assert not problems
-    [made] = InputPictures(opts, with_networks=False).pictures(0, [request])
+    made = InputPictures(opts, with_networks=False).picture(0, request)
     assert (made.request.width, made.request.height) == size
 
 
@@ -555,7 +565,7 @@ def test_a_picture_to_start_from_guides_all_control_nets(photograph, tmp_path):
     words = ("--ckpt=x", f"--outdir={tmp_path / 'out'}", "--prompt=a", f"--image_path={tmp_path}", *nets)
     inputs = InputPictures(parse(gen_img.Options, words), with_networks=False)
     for number, name in enumerate(("a", "b", "photo")):
-        [made] = inputs.pictures(number, [PromptRequest(prompt="a")])
+        made = inputs.picture(number, PromptRequest(prompt="a"))
         assert made.origin == tmp_path / f"{name}.png"
         assert made.inputs.guides == (made.inputs.image,) * 2
 

@@ -1,4 +1,4 @@
-"""quickstart.py, as a newcomer types it: without arguments, with a model and pictures, and for DreamBooth."""
+"""quickstart.py, as a newcomer types it: without arguments, with a model and pictures, and for other methods."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import quickstart
+from library.checkpoints.embedding_file import read_embedding
 from library.checkpoints.lora_file import inspect_lora
 from tests.conftest import PHOTOS
 
@@ -56,6 +57,18 @@ def test_it_trains_a_whole_model_when_asked(tiny_sd1, own_pictures, tmp_path, ca
     assert (out / "quickstart.safetensors").stat().st_size > 0.9 * tiny_sd1.stat().st_size
     said = capfd.readouterr().out
     assert "models/checkpoints" in said and "load_lora_weights" not in said
+
+
+def test_it_teaches_a_word_when_asked(tiny_sd1, own_pictures, tmp_path, capfd):
+    own = ("--model", tiny_sd1, "--images", own_pictures, "--prompt", "zbot robot", "--method", "textual_inversion")
+    out = tmp_path / "out"
+    assert run(*own, "--steps", 1, "--resolution", 64, "--output", out) == 0, capfd.readouterr().err
+    assert read_embedding(out / "quickstart.safetensors").rows["clip_l"].shape == (4, 64)
+    said = capfd.readouterr().out
+    assert "load_textual_inversion" in said and 'token="zbot"' in said and "models/embeddings" in said
+    assert run("--method", "textual_inversion", "--steps", 1, "--resolution", 64, "--output", out) == 0
+    assert run(*own[:-4], "--prompt", "zbot", *own[-2:]) == 2
+    assert "--prompt" in capfd.readouterr().err
 
 
 def test_half_of_what_it_needs_is_an_error(tmp_path, capfd):
