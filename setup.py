@@ -49,6 +49,7 @@ setup(
         "lycoris": ["lycoris_lora"],
         "peft": ["peft"],
         "tagger": ["onnxruntime"],
+        "remote": ["fsspec", "s3fs", "aiohttp"],
         "optimizers": ["dadaptation", "lion-pytorch", "prodigyopt", "schedulefree"],
     },
 )

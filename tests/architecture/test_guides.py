@@ -37,8 +37,8 @@ GUIDES = [
 SCRIPTS = option_sets() | picture_option_sets()
 TOOLS = tool_option_sets()
 FROM_ACCELERATE = {"num_cpu_threads_per_process", "multi_gpu", "num_processes"}
-FROM_ELSEWHERE = {"help", "logdir", "local", "caption_extention"}
-"""Options of every program, of TensorBoard and of `hf download` (--local-dir), and an old spelling that works."""
+FROM_ELSEWHERE = {"help", "logdir", "local", "exclude", "caption_extention"}
+"""Options of every program, of TensorBoard, of `hf download` (--local-dir, --exclude), and an old spelling."""
 
 
 def command_lines():

@@ -148,7 +148,7 @@ def test_parts_go_where_their_colour_is(family):
 @pytest.mark.parametrize("long", [False, True])
 def test_batches_do_not_matter(family, long):
     """Not even where a part of one prompt has more chunks than the same part of another."""
-    more = " and stones" * 60 if long else ""
+    more = " and stones" * 40 if long else ""
     prompts = [f"a fox{more} AND a duck", f"night{more} AND a very long road{more}"]
     single = drawn(family, prompts, halves())
     torch.testing.assert_close(drawn(family, prompts, halves(), batch_size=2), single, rtol=0, atol=1e-4)
@@ -231,4 +231,4 @@ def test_what_cannot_be_done_is_refused():
         RegionalPrompts([able] * 3).batch_key(request, inputs)
     with pytest.raises(UserError, match="network 2 .* cannot be limited to a region"):
         RegionalPrompts([able, object()]).batch_key(request, inputs)
-    assert RegionalPrompts([object()] * 3).batch_key(request, PictureInputs()) == (2, False)
+    assert RegionalPrompts([object()] * 3).batch_key(request, PictureInputs())[:2] == (2, False)
