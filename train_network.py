@@ -15,7 +15,7 @@ from library.training.options_network import NetworkTrainingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(NetworkTrainingOptions):
+class Options(NetworkTrainingOptions, leave_out=("use_safetensors",)):
     """Everything that train_network.py accepts."""
 
 
@@ -40,7 +40,7 @@ def train(opts: Options) -> None:
     with Run(opts, data) as run:
         family = StableDiffusion.load(opts.model, opts.text, opts.memory, spec=spec, weights=run.weight_plan(()))
         plan.prepare(family)
-        fill_caches(run, family, data, frozen_text=not plan.adapts_text)
+        fill_caches(run, family, data, frozen_text=not plan.text_changes)
         fit(run, family, Adapter(run, family, plan), data, opts)
 
 

@@ -5,6 +5,7 @@ Light: yaml is imported where it is used. Nothing in a file is executed: filters
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,7 +19,7 @@ from library.text_files import read_text
 MAX_BYTES = 1 << 20
 SUFFIXES = (".yaml", ".yml", ".json")
 
-IMPLIED: Mapping[str, Any] = {"caption_dropout_rate": 0.05, "resume": "auto", "mixed_precision": "bf16"}
+IMPLIED: Mapping[str, Any] = {"caption_dropout_rate": 0.05, "resume": "latest", "mixed_precision": "bf16"}
 """What the original trainer does without a key for it."""
 
 Options = dict[str, Any]
@@ -248,6 +249,11 @@ def _updates(option: str) -> Callable[[Any, Config], Options]:
     return make
 
 
+def _aspects(value: Any, config: Config) -> Options:
+    given = config.get("bucketeer_random_ratio")
+    return {"multi_aspect_ratio": value} | ({"bucket_random_ratio": 0.05} if given is None else {})
+
+
 def _dtype(value: str, config: Config) -> Options:
     if value == "bfloat16":
         return {"full_bf16": True, "mixed_precision": "bf16"}
@@ -258,6 +264,10 @@ def _dtype(value: str, config: Config) -> Options:
 
 def _module_filters(value: tuple[str, ...], config: Config) -> Options:
     return {"network_args": (f"module_filters={','.join(value)}",)} if value else {}
+
+
+def _filter_params(value: dict[str, Any], config: Config) -> Options:
+    return {"controlnet_filter_params": tuple(f"{name}={json.dumps(item)}" for name, item in value.items())}
 
 
 _EMA_NOTE = "counted in updates here, so that with grad_accum_steps the number is divided by it"
@@ -274,7 +284,7 @@ _COMMON: dict[str, Key] = {
     "output_path": Key(_text, _as("sample_dir")),
     "checkpoint_extension": Key(_text, _as("save_model_as")),
     "dist_file_subfolder": Key(_text, _nothing, "is not needed: processes find each other without a file"),
-    "allow_tf32": Key(_switch, _as("allow_tf32")),
+    "allow_tf32": Key(_switch, lambda value, config: {"no_tf32": not value}),
     "model_version": Key(_text, _as("model_version")),
     "dtype": Key(_text, _dtype),
     "wandb_project": Key(_text, lambda value, config: {"log_with": "wandb", "log_tracker_name": value}),
@@ -283,7 +293,7 @@ _COMMON: dict[str, Key] = {
     "batch_size": Key(_whole, _as("global_batch_size")),
     "grad_accum_steps": Key(_whole, _as("gradient_accumulation_steps")),
     "image_size": Key(_whole, _as("resolution")),
-    "multi_aspect_ratio": Key(_list, _as("multi_aspect_ratio")),
+    "multi_aspect_ratio": Key(_list, _aspects),
     "bucketeer_random_ratio": Key(_number, _as("bucket_random_ratio")),
     "updates": Key(_whole, _as("max_train_steps")),
     "warmup_updates": Key(
@@ -313,7 +323,7 @@ _COMMON: dict[str, Key] = {
     "lora_checkpoint_path": Key(_text, _as("network_weights")),
     "controlnet_blocks": Key(_numbers, _as("controlnet_blocks")),
     "controlnet_filter": Key(_text, _as("controlnet_filter")),
-    "controlnet_filter_params": Key(_table, _as("controlnet_filter_params")),
+    "controlnet_filter_params": Key(_table, _filter_params),
     "controlnet_bottleneck_mode": Key(_text, _as("controlnet_bottleneck_mode")),
     "controlnet_checkpoint_path": Key(_text, _as("controlnet_checkpoint_path")),
 }

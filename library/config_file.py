@@ -27,6 +27,19 @@ _HINTS = (
 
 
 @dataclass(frozen=True)
+class ForeignConfig:
+    """Options from a configuration file of another program.
+
+    Attributes:
+        values: by the names of our options.
+        notes: what the user should know about them.
+    """
+
+    values: dict[str, ConfigValue]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ConfigValue:
     """A value of a configuration file and where it stands."""
 

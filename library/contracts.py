@@ -26,7 +26,11 @@ class TokenizerSpec:
 
 @dataclass(frozen=True, slots=True)
 class FamilySpec:
-    """What the data side and the option checks must know of a model family before any model is loaded."""
+    """What the data side and the option checks must know of a model family before any model is loaded.
+
+    `latent_cache_sized`: names of latent caches tell the size of the image (`a_0512x0768_sd.npz`), and `a.npz`, the
+    oldest form, may hold such latents too.
+    """
 
     name: str
     prediction_type: str
@@ -36,11 +40,13 @@ class FamilySpec:
     latent_scale: float = 0.18215
     bucket_step_multiple: int = 64
     latent_cache_suffix: str = "_sd"
+    latent_cache_sized: bool = True
     text_cache_suffix: str = "_te_outputs"
     text_array_names: tuple[str, ...] = ("hidden_state1",)
     needs_pixels: bool = False
     base_model_version: str = ""
     architecture: str = ""
+    implementation: str = "https://github.com/Stability-AI/generative-models"
     default_resolution_wh: tuple[int, int] = (512, 512)
 
 
@@ -255,6 +261,16 @@ class Position:
         if inside >= length.updates_per_epoch:
             return Position(self.step + 1, self.epoch + 1, 0)
         return Position(self.step + 1, self.epoch, inside)
+
+
+class ConditionMaker(Protocol):
+    """Makes what a ControlNet looks at from a picture; picklable, since loader processes run it."""
+
+    from_file: bool
+    """It gets the picture of `conditioning_data_dir` that belongs to the image, not the image."""
+
+    def prepare(self, picture: Any, rng: Any) -> Any:
+        """Return float32 [C,h,w] made of uint8 [H,W,3]; all that is left to chance comes from the `random.Random`."""
 
 
 class Tokenizer(Protocol):

@@ -16,3 +16,13 @@ def bad_file_name(name: str) -> str | None:
     if name.split(".")[0].lower() in _RESERVED:
         return "is a reserved name on Windows"
     return "is longer than 180 bytes" if len(name.encode("utf-8", "replace")) > 180 else None
+
+
+def safe_file_name(name: str) -> str:
+    """Return `name` with `_` for what not every system takes in a name; empty if nothing is left of it."""
+    if bad_file_name(name):
+        name = "".join(
+            "_" if character in '/\\:*?"<>|' or not character.isprintable() else character for character in name
+        )
+        name = name.strip(". ")
+    return "" if bad_file_name(name) else name

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar
@@ -19,6 +19,8 @@ from library.option_values import split_optional
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from library.config_file import ForeignConfig
 
 T = TypeVar("T")
 SetClass = TypeVar("SetClass", bound="OptionSet")
@@ -56,6 +58,7 @@ class Notes(TypedDict, total=False):
         scope: Levels of a dataset configuration that may hold it ("general", "dataset", "subset").
         kinds: Kinds of dataset that may hold it ("dreambooth", "finetuning", "controlnet").
         toml: Key in a dataset configuration if it is not the field's name.
+        repeatable: A list that grows when the option is given again; others begin anew.
     """
 
     help: str
@@ -79,6 +82,7 @@ class Notes(TypedDict, total=False):
     scope: tuple[str, ...]
     kinds: tuple[str, ...]
     toml: str
+    repeatable: bool
 
 
 def opt(default: T, **notes: Unpack[Notes]) -> T:
@@ -214,6 +218,7 @@ class OptionSet:
 
     script: ClassVar[str] = ""
     changes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    own_changes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     leave_out: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(
@@ -226,8 +231,11 @@ class OptionSet:
     ) -> None:
         super().__init_subclass__(**rest)
         cls.script = script or _script_name(cls)
-        cls.changes = {**cls.changes, **(changes or {})}
-        cls.leave_out = cls.leave_out | frozenset(leave_out)
+        cls.own_changes = changes or {}
+        # Of all bases, the nearest first: a script may be of two kinds at once.
+        lines = [vars(base).get("own_changes", {}) for base in reversed(cls.__mro__)]
+        cls.changes = {name: notes for line in lines for name, notes in line.items()}
+        cls.leave_out = frozenset(leave_out).union(*(getattr(base, "leave_out", ()) for base in cls.__bases__))
 
     @classmethod
     def groups(cls) -> dict[str, type[OptionGroup]]:
@@ -247,6 +255,24 @@ class OptionSet:
                 if option.name not in cls.leave_out:
                     found[option.name] = _changed(option, cls.changes.get(option.name, {}), cls.leave_out)
         return found
+
+    @classmethod
+    def spell_out(cls, words: Sequence[str]) -> list[str]:
+        """Return the command line in full; scripts with short forms override this."""
+        return list(words)
+
+    @classmethod
+    def foreign_config(cls, name: str, typed: Collection[str]) -> ForeignConfig | None:
+        """Read a `--config_file` of another program, in scripts that understand some; None: it is one of ours.
+
+        Args:
+            name: of the file, as it was given.
+            typed: options on the command line, which win.
+
+        Raises:
+            UserError: the file is wrong.
+        """
+        return None
 
     @classmethod
     def build(cls: type[SetClass], values: Mapping[str, Any], **extra: Any) -> SetClass:

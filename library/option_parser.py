@@ -41,6 +41,7 @@ class Reading:
     sources: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     bad: set[str] = field(default_factory=set)
 
     def refuse(self, where: str, what: str, hint: str = "", *, about: str | None = None) -> None:
@@ -68,12 +69,12 @@ def read(options_class: type[OptionSet], argv: Sequence[str]) -> Reading:
     options = options_class.options()
     offered = {name: option for name, option in options.items() if option.offered}
     reading = Reading()
-    typed = _read_command_line(offered, argv, reading)
+    typed = _read_command_line(offered, options_class.spell_out(argv), reading)
     for name, value in typed.items():
         _store(reading, offered[name], value, offered[name].flag, COMMAND_LINE)
     config = reading.values.get("config_file")
     if config and not reading.values.get("output_config"):
-        _read_config_file(config, offered, typed, reading)
+        _read_config_file(options_class, config, offered, typed, reading)
     _check_places(places_of(options_class), reading)
     return reading
 
@@ -107,7 +108,7 @@ def finish(options_class: type[SetClass], reading: Reading) -> SetClass:
     if reading.values.get("strict_args"):
         errors.extend(warnings)
     raise_problems([*reading.problems, *(error for error in errors if not _concerns(error, reading.bad))])
-    return replace(built, warnings=tuple(warnings), notices=tuple(relations.notices))
+    return replace(built, warnings=tuple(warnings), notices=(*reading.notes, *relations.notices))
 
 
 def _concerns(problem: Problem, names: set[str]) -> bool:
@@ -138,7 +139,8 @@ def _read_command_line(offered: Mapping[str, Option], argv: Sequence[str], readi
             _refuse_unknown(name, offered, reading)
             _skip_values(rest)
         elif is_list(option.annotation):
-            typed[name] = [attached] if separator else _take_values(rest)
+            before = typed.get(name, []) if option.notes.get("repeatable") else []
+            typed[name] = [*before, *([attached] if separator else _take_values(rest))]
         elif separator:
             typed[name] = attached
         elif option.is_flag:
@@ -235,11 +237,19 @@ def _refuse_unknown(name: str, offered: Mapping[str, Option], reading: Reading) 
         reading.refuse(where, "unknown option", hint, about=near)
 
 
-def _read_config_file(config: str, offered: Mapping[str, Option], typed: Mapping[str, Any], reading: Reading) -> None:
+def _read_config_file(
+    options_class: type[OptionSet],
+    config: str,
+    offered: Mapping[str, Option],
+    typed: Mapping[str, Any],
+    reading: Reading,
+) -> None:
     from library.config_file import read_config
 
     try:
-        values = read_config(config)
+        other = options_class.foreign_config(config, typed)
+        values = read_config(config) if other is None else other.values
+        reading.notes.extend(() if other is None else other.notes)
     except UserError as error:
         reading.problems.extend(error.problems)
         # What the unreadable file would have set is unknown: complaints about missing options would mislead.

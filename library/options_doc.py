@@ -21,7 +21,7 @@ from library.retired import NO_EFFECT_IN, SPELLINGS
 SCRIPTS = ("train_db", "fine_tune", "train_network", "train_textual_inversion")
 """Entry scripts whose options are documented."""
 
-PICTURE_SCRIPTS = ("gen_img",)
+PICTURE_SCRIPTS = ("gen_img", "stable_cascade_gen_img")
 """Entry scripts that make pictures, which have a page of their own."""
 
 TOOL_FOLDERS = ("finetune", "networks", "tools")

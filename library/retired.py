@@ -15,7 +15,15 @@ class NoEffect(NamedTuple):
     refuse: bool
 
 
-_SCRIPTS = ("train_db", "fine_tune", "train_network", "train_textual_inversion")
+_SCRIPTS = (
+    "train_db",
+    "fine_tune",
+    "train_network",
+    "train_textual_inversion",
+    "stable_cascade_train_stage_c",
+    "stable_cascade_train_stage_b",
+)
+_CASCADE = ("stable_cascade_train_stage_c", "stable_cascade_train_stage_b")
 _NO_TEXT_CACHE = NoEffect("captions go through the text encoder in every step, since its new vectors are trained", True)
 _FEW = NoEffect(
     "the few numbers that are trained stay in float32, and all others have the type of --mixed_precision", False
@@ -27,20 +35,37 @@ def _in_all(reason: str) -> dict[str, NoEffect]:
     return dict.fromkeys(_SCRIPTS, NoEffect(reason, refuse=False))
 
 
+def _in_cascade(reason: str, *, refuse: bool = False) -> dict[str, NoEffect]:
+    return dict.fromkeys(_CASCADE, NoEffect(reason, refuse))
+
+
+_ONE_ATTENTION = "Stable Cascade has only the attention of PyTorch"
+_NO_VELOCITY = "Stable Cascade predicts noise, never velocity"
+
+
 NO_EFFECT_IN: dict[str, dict[str, NoEffect]] = {
     "fp8_base": {
         script: NoEffect("it stores frozen weights in 8 bits, and here the weights themselves are trained", True)
-        for script in ("train_db", "fine_tune")
+        for script in ("train_db", "fine_tune", *_CASCADE)
     },
     "lowram": _in_all("files are always mapped, and weights go straight from them to the GPU"),
     "tokenizer_cache_dir": {
         **_in_all(_NO_DOWNLOAD),
         "gen_img": NoEffect(_NO_DOWNLOAD, refuse=False),
+        "stable_cascade_gen_img": NoEffect(_NO_DOWNLOAD, refuse=False),
     },
     "conditioning_data_dir": {
         script: NoEffect("masks are named by the subsets of --dataset_config (key conditioning_data_dir)", False)
-        for script in ("train_db", "train_network", "train_textual_inversion")
+        for script in ("train_db", "train_network", "train_textual_inversion", *_CASCADE)
     },
+    "vae": _in_cascade("pictures are encoded by EfficientNet and by stage A"),
+    "clip_skip": _in_cascade("the models need what the last layer of the text encoder makes"),
+    "zero_terminal_snr": _in_cascade("the schedule of Stable Cascade ends in pure noise as it is"),
+    "scale_v_pred_loss_like_noise_pred": _in_cascade(_NO_VELOCITY),
+    "v_pred_like_loss": _in_cascade(_NO_VELOCITY),
+    "xformers": _in_cascade(_ONE_ATTENTION),
+    "mem_eff_attn": _in_cascade(_ONE_ATTENTION),
+    "sample_sampler": _in_cascade("samples are drawn by DDPM unless a prompt says otherwise (--ss)"),
     "full_fp16": {"train_textual_inversion": _FEW},
     "full_bf16": {"train_textual_inversion": _FEW},
     "cache_text_encoder_outputs": {"train_textual_inversion": _NO_TEXT_CACHE},
@@ -77,9 +102,15 @@ _BY_OWNER = {
         controlnet_model_name_or_path control_net_lr cond_emb_dim""",
     "SDXL training": """
         learning_rate_te1 learning_rate_te2 block_lr fused_optimizer_groups disable_mmap_load_safetensors""",
-    "Stable Cascade training": """
-        stage_c_checkpoint_path effnet_checkpoint_path text_model_checkpoint_path save_text_model
-        previewer_checkpoint_path adaptive_loss_weight""",
+    "Stable Cascade training (stable_cascade_train_stage_c.py, stable_cascade_train_stage_b.py)": """
+        effnet_checkpoint_path text_model_checkpoint_path save_text_model model_version adaptive_loss_weight
+        loss_weighting ema_decay ema_start_steps ema_every_n_steps ema_device no_text_mask global_batch_size
+        backup_every_n_steps sample_dir wandb_entity no_tf32 fsdp train_text_encoder_only""",
+    "training stage C of Stable Cascade (stable_cascade_train_stage_c.py)": """
+        stage_c_checkpoint_path previewer_checkpoint_path image_model_checkpoint_path clip_image_cond_rate
+        stage_c_dropout""",
+    "training stage B of Stable Cascade (stable_cascade_train_stage_b.py)": """
+        stage_b_checkpoint_path stage_a_checkpoint_path effnet_dropout_rate""",
     "training of other model families": """
         clip_l clip_g t5xxl t5xxl_device t5xxl_dtype t5xxl_max_token_length ae save_clip save_t5xxl apply_t5_attn_mask
         apply_lg_attn_mask pos_emb_random_crop_rate enable_scaled_pos_embed clip_l_dropout_rate clip_g_dropout_rate

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from library.checkpoints.cascade_lora import CASCADE
 from library.checkpoints.lora_blocks import MID, block_of
 from library.errors import Problem, raise_problems
 from library.option_values import BadValue, convert, nearest
@@ -52,6 +53,8 @@ class Layout:
 
     def index(self, name: str) -> int | None:
         """Return the number of the block that a U-Net module belongs to, by its name in files."""
+        if self is UNDIVIDED:
+            return 0
         block = block_of(name)
         if block is None:
             return None
@@ -64,11 +67,13 @@ class Layout:
 
 SD = Layout(side=12, middle=1, ends=0)
 SDXL = Layout(side=9, middle=3, ends=1)
+UNDIVIDED = Layout(side=0, middle=1, ends=0)
+"""A model without blocks in this sense, such as stage C of Stable Cascade: all of it is one."""
 
 
 def layout_of(base: str | None) -> Layout:
     """Return the block layout of a model family."""
-    return SDXL if base == "sdxl" else SD
+    return {"sdxl": SDXL, CASCADE: UNDIVIDED}.get(base or "", SD)
 
 
 def _numbers(kind: type) -> Callable[[Any], tuple[Any, ...]]:
@@ -132,6 +137,12 @@ class BlockPlan:
 
 def block_problems(values: Mapping[str, Any], layout: Layout) -> Iterator[Problem]:
     """Yield what is wrong with the block arguments (as `BLOCK_KEYS` reads them) for a model of this layout."""
+    if layout is UNDIVIDED:
+        hint = "Leave it out; module_filters and exclude_patterns choose layers"
+        for name in BLOCK_KEYS:
+            if values.get(name) is not None:
+                yield Problem(WHERE, f"{name}: stage C of Stable Cascade has no such blocks", hint)
+        return
     for name in BLOCK_LISTS:
         given = values.get(name)
         if given is not None and len(given) != layout.count:

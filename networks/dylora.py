@@ -25,6 +25,7 @@ from networks.network_args import (
     CONV_KEYS,
     DEFAULT_RANK,
     DROPOUT_KEYS,
+    FILTER_KEYS,
     PLUS_KEYS,
     WHERE,
     Keys,
@@ -38,6 +39,7 @@ KEYS: Keys = {
     "unit": whole(1),
     **CONV_KEYS,
     **{name: reader for name, reader in DROPOUT_KEYS.items() if name != "rank_dropout"},
+    **FILTER_KEYS,
     **PLUS_KEYS,
 }
 """The `network_args` of this module: ranks are left out by another rule than rank_dropout's."""

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 KEYS: Keys = {
     **network_args.CONV_KEYS,
     **network_args.DROPOUT_KEYS,
+    **network_args.FILTER_KEYS,
     **BLOCK_KEYS,
     **network_args.PLUS_KEYS,
     "dora_wd": network_args.flag,
@@ -261,7 +262,7 @@ def build_network(
     if models[1] is not None and plan.conv_dims is not None:
         layers = unet_targets(models[1], (*TRANSFORMER_CLASSES, *CONV_CLASSES))
     unet = []
-    for target in layers:
+    for target in network_args.filtered(layers, values):
         own_rank, own_alpha = plan.size_of(target)
         if own_rank:
             unet.append(make(target, rank=own_rank, alpha=own_alpha, dropouts=dropouts))
@@ -288,7 +289,8 @@ def network_like(
         multiplier: strength.
         for_inference: nothing is left out by chance.
     """
-    useless = [name for name in ("conv_dim", "conv_alpha", *BLOCK_LISTS, "dora_wd") if values.get(name) is not None]
+    decided = ("conv_dim", "conv_alpha", *BLOCK_LISTS, *network_args.FILTER_KEYS, "dora_wd")
+    useless = [name for name in decided if values.get(name) is not None]
     if useless and not for_inference:
         logger.warning("%s: the file decides about %s; these have no effect", network_args.WHERE, ", ".join(useless))
     dropouts = Dropouts() if for_inference else network_args.dropouts_of(values)

@@ -19,10 +19,10 @@ from networks.adapter_base import Adapter
 from networks.adapter_network import AdapterNetwork
 from networks.block_weights import BLOCK_KEYS
 from networks.lora import LoraAdapter, build_network, check_args, network_like
-from networks.network_args import CONV_KEYS, DROPOUT_KEYS, Keys, read_arguments
+from networks.network_args import CONV_KEYS, DROPOUT_KEYS, FILTER_KEYS, Keys, read_arguments
 from networks.targets import Target
 
-KEYS: Keys = {**CONV_KEYS, **DROPOUT_KEYS, **BLOCK_KEYS}
+KEYS: Keys = {**CONV_KEYS, **DROPOUT_KEYS, **FILTER_KEYS, **BLOCK_KEYS}
 """The `network_args` of this module: no LoRA+, since there is no second rate."""
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import ast
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from library.errors import Problem, UserError, raise_problems
 from library.option_values import BadValue, convert, nearest
 from networks.adapter_base import Dropouts
 from networks.param_groups import PlusRatios
+from networks.targets import Target
 
 WHERE = "--network_args"
 DEFAULT_RANK, DEFAULT_ALPHA = 4, 1.0
@@ -18,6 +21,29 @@ Reader = Callable[[Any], Any]
 
 Keys = Mapping[str, Reader]
 """The keys that a module knows, and their readers."""
+
+
+def words(value: Any) -> tuple[str, ...]:
+    """Read words between commas."""
+    items = value if isinstance(value, (list, tuple)) else str(value).split(",")
+    found = tuple(str(item).strip() for item in items)
+    if not all(found):
+        raise BadValue(f"holds an empty word, got {value!r}")
+    return found
+
+
+def patterns(value: Any) -> tuple[re.Pattern[str], ...]:
+    """Read a regular expression, or a list of several as Python writes it."""
+    items = [value]
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            items = ast.literal_eval(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            items = [value]
+    try:
+        return tuple(re.compile(str(item)) for item in items)
+    except re.error as error:
+        raise BadValue(f"is no regular expression ({error}), got {value!r}") from None
 
 
 def flag(value: Any) -> bool:
@@ -73,6 +99,9 @@ PLUS_KEYS: Keys = {
     "loraplus_text_encoder_lr_ratio": number(0),
 }
 CONV_KEYS: Keys = {"conv_dim": whole(0), "conv_alpha": number(0)}
+FILTER_KEYS: Keys = {"module_filters": words, "include_patterns": patterns, "exclude_patterns": patterns}
+"""Which layers of the U-Net, or of stage C, are adapted: by parts of their paths, or by expressions for whole paths."""
+
 DROPOUT_KEYS: Keys = {"dropout": share, "rank_dropout": share, "module_dropout": share}
 """`dropout` is there for every module: the trainer passes `--network_dropout` by that name, too."""
 
@@ -106,6 +135,33 @@ def _read(reader: Reader, value: Any) -> Any:
     if value is None or (isinstance(value, str) and value.strip().lower() in ("none", "")):
         return None
     return reader(value.strip() if isinstance(value, str) else value)
+
+
+def filtered(targets: Sequence[Target], values: Mapping[str, Any]) -> list[Target]:
+    """Return the layers that `FILTER_KEYS` leave.
+
+    A layer is adapted if its path contains one of `module_filters`, and matches none of `exclude_patterns` unless it
+    matches one of `include_patterns`.
+
+    Raises:
+        UserError: none is left.
+    """
+
+    def matches(name: str, path: str) -> bool:
+        return any(pattern.fullmatch(path) for pattern in values.get(name) or ())
+
+    parts = values.get("module_filters") or ("",)
+    kept = [
+        target
+        for target in targets
+        if any(part in target.path for part in parts)
+        and (not matches("exclude_patterns", target.path) or matches("include_patterns", target.path))
+    ]
+    if targets and not kept:
+        given = ", ".join(name for name in FILTER_KEYS if values.get(name) is not None)
+        hint = f"Paths look like {targets[0].path} and {targets[-1].path}."
+        raise UserError(f"{given}: leave none of the {len(targets)} layers of the model", hint, where=WHERE)
+    return kept
 
 
 def dropouts_of(values: Mapping[str, Any], neuron_dropout: float | None = None) -> Dropouts:

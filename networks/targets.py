@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from library.checkpoints.cascade_lora import CASCADE, is_cascade_name
 from library.checkpoints.lora_names import is_sdxl_unet, unet_file_paths
 from library.checkpoints.parameter_order import sort_as_reference
 from library.errors import UserError
@@ -15,6 +16,9 @@ from library.errors import UserError
 TEXT_CLASSES = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
 TRANSFORMER_CLASSES = ("Transformer2DModel",)
 CONV_CLASSES = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
+WHOLE_CLASSES = ("CascadeUNet",)
+"""Models all of whose linear layers and 1x1 convolutions are adapted, wherever they are."""
+
 UNET_PREFIX = "lora_unet"
 TEXT_PREFIX = "lora_te"
 
@@ -38,7 +42,12 @@ class Target:
     @property
     def is_conv(self) -> bool:
         """Whether the layer is a convolution whose kernel is larger than 1x1."""
-        return isinstance(self.layer, nn.Conv2d) and tuple(self.layer.kernel_size) != (1, 1)
+        return isinstance(self.layer, nn.Conv2d) and not _is_pointwise(self.layer)
+
+
+def _is_pointwise(layer: Any) -> bool:
+    """Whether a layer looks at one pixel (or one token) at a time."""
+    return layer.__class__.__name__ == "Linear" or tuple(layer.kernel_size) == (1, 1)
 
 
 def encoders_of(text_encoder: Any) -> list[Any]:
@@ -59,7 +68,10 @@ def text_targets(text_encoder: Any, prefix: str = TEXT_PREFIX) -> list[Target]:
 
 
 def unet_targets(unet: Any, classes: Collection[str] = TRANSFORMER_CLASSES, prefix: str = UNET_PREFIX) -> list[Target]:
-    """Return the linear layers and convolutions of the U-Net below modules of the given classes."""
+    """Return the linear layers and convolutions of the U-Net below modules of the given classes.
+
+    Of Stable Cascade it is every linear layer and 1x1 convolution, whatever the classes.
+    """
     return _without_doubles(_targets(unet, prefix, classes, None))
 
 
@@ -67,10 +79,11 @@ def _targets(root: nn.Module, prefix: str, classes: Collection[str], encoder: in
     # Leaves are chosen by exact class: a quantised or replaced linear layer has no weight that could be adapted.
     paths: dict[str, Any] = {}
     for path, module in root.named_modules():
-        if module.__class__.__name__ not in classes:
+        whole = module.__class__.__name__ in WHOLE_CLASSES
+        if not whole and module.__class__.__name__ not in classes:
             continue
         for child, leaf in module.named_modules():
-            if leaf.__class__.__name__ in ("Linear", "Conv2d"):
+            if leaf.__class__.__name__ in ("Linear", "Conv2d") and (not whole or _is_pointwise(leaf)):
                 paths.setdefault(f"{path}.{child}" if path else child, leaf)
     # Files of SDXL alone call the layers of the U-Net as its original code does.
     in_file = unet_file_paths(paths, sdxl=is_sdxl_unet(paths)) if encoder is None else {path: path for path in paths}
@@ -93,6 +106,8 @@ def base_of(layers: Iterable[Any]) -> str | None:
     Projections around the transformer blocks are convolutions in SD1 only, and SDXL has names of its own.
     """
     for item in layers:
+        if is_cascade_name(item.name):
+            return CASCADE
         if "_input_blocks_" in item.name or "_middle_block_" in item.name or "_output_blocks_" in item.name:
             return "sdxl"
         if item.name.endswith(("_proj_in", "_proj_out")):

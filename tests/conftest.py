@@ -64,6 +64,15 @@ def tiny_sd2_v(model_folder) -> Path:
     return make_random_sd(model_folder / "tiny_sd2_v.safetensors", family="sd2", v_prediction=True)
 
 
+@pytest.fixture(scope="session")
+def control_cascade(model_folder):
+    """Files of a tiny Stable Cascade model whose stage C has six residual blocks."""
+    from library.models.random_cascade import make_random_cascade
+    from tests.control_training import STAGE
+
+    return make_random_cascade(model_folder / "control_cascade", config_c=STAGE)
+
+
 @pytest.fixture
 def photo_folders(tmp_path) -> Path:
     """A DreamBooth tree: `2_sks duck` with captions and three photographs, `1_sks bear` without captions and two."""
@@ -85,3 +94,19 @@ def regularization_folders(tmp_path) -> Path:
     for path in sorted((PHOTOS / "robot").glob("*.jpg"))[:2]:
         shutil.copy(path, tree / "1_duck" / path.name)
     return tree
+
+
+@pytest.fixture(scope="session")
+def tiny_cascade(model_folder):
+    """The files of a tiny Stable Cascade model, as `CascadeFiles`."""
+    from library.models.random_cascade import make_random_cascade
+
+    return make_random_cascade(model_folder / "cascade")
+
+
+@pytest.fixture
+def cascade_command(tiny_cascade, photo_folders):
+    """Return what makes the command line of a small training of stage C or B; see `tests.cascade_runs`."""
+    from tests.cascade_runs import command_maker
+
+    return command_maker(tiny_cascade, photo_folders)

@@ -34,16 +34,12 @@ class Options(CachingOptions, changes={"cache_latents": _ON, "cache_latents_to_d
 def cache_latents(opts: Options) -> None:
     """Write the latents that are missing; several processes share the work."""
     from library.models.specs import stable_diffusion_spec
-    from library.training.cache_tools import cache_latent_files, run_cache_tool
+    from library.training.cache_tools import cache_latent_files, latents_only, run_cache_tool
 
-    cache = replace(
-        opts.cache,
-        cache_latents_to_disk=True,
-        cache_text_encoder_outputs=False,
-        cache_text_encoder_outputs_to_disk=False,
-    )
     spec = stable_diffusion_spec(opts.model)
-    run_cache_tool(replace(opts, cache=cache), spec, cache_latent_files, unused=("unet", "text_encoder"))
+    run_cache_tool(
+        replace(opts, cache=latents_only(opts.cache)), spec, cache_latent_files, unused=("unet", "text_encoder")
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -35,13 +35,10 @@ class Options(CachingOptions, changes={"cache_text_encoder_outputs": _ON, "cache
 def cache_texts(opts: Options) -> None:
     """Write the outputs that are missing; several processes share the work."""
     from library.models.specs import stable_diffusion_spec
-    from library.training.cache_tools import cache_text_files, run_cache_tool
+    from library.training.cache_tools import cache_text_files, run_cache_tool, texts_only
 
-    cache = replace(
-        opts.cache, cache_text_encoder_outputs_to_disk=True, cache_latents=False, cache_latents_to_disk=False
-    )
     spec = stable_diffusion_spec(opts.model)
-    run_cache_tool(replace(opts, cache=cache), spec, cache_text_files, unused=("unet",))
+    run_cache_tool(replace(opts, cache=texts_only(opts.cache)), spec, cache_text_files, unused=("unet",))
 
 
 def main(argv: list[str] | None = None) -> None:

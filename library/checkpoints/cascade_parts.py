@@ -18,6 +18,8 @@ ControlMode = Literal["effnet", "simple", "large"]
 
 CONTROL_BLOCKS_KEY = "stable_cascade.controlnet_blocks"
 CONTROL_MODE_KEY = "stable_cascade.controlnet_bottleneck_mode"
+CONTROL_FILTER_KEY = "stable_cascade.controlnet_filter"
+CONTROL_PARAMS_KEY = "stable_cascade.controlnet_filter_params"
 _DEFAULT_BLOCKS = (0, 4, 8, 12)
 _REFERENCE_BLOCKS = 64
 _MAX_LAYERS = 64
@@ -289,3 +291,25 @@ def _stored_blocks(metadata: Mapping[str, str], where: str) -> tuple[int, ...] |
 def control_net_metadata(config: ControlNetConfig) -> dict[str, str]:
     """Return what a ControlNet's file says of itself beside its tensors."""
     return {CONTROL_BLOCKS_KEY: json.dumps(list(config.blocks)), CONTROL_MODE_KEY: config.mode}
+
+
+def control_filter_metadata(name: str, params: Sequence[str]) -> dict[str, str]:
+    """Return what a ControlNet's file says of the filter that it was trained with; paths are left out."""
+    kept = [item for item in params if not item.partition("=")[0].endswith("_path")]
+    return {CONTROL_FILTER_KEY: name, CONTROL_PARAMS_KEY: json.dumps(kept)}
+
+
+def stored_control_filter(metadata: Mapping[str, str]) -> tuple[str | None, tuple[str, ...]]:
+    """Return name and arguments of the filter that a ControlNet was trained with, as far as its file tells.
+
+    A class of somebody's own is not told: a file must not decide which code is run.
+    """
+    name = metadata.get(CONTROL_FILTER_KEY)
+    if name is None or not name.isidentifier():
+        return None, ()
+    try:
+        params = json.loads(metadata.get(CONTROL_PARAMS_KEY, "[]"))
+    except (ValueError, RecursionError):
+        params = None
+    usable = isinstance(params, list) and all(isinstance(item, str) for item in params)
+    return name, tuple(params) if usable else ()

@@ -31,6 +31,7 @@ _LABELS = {
     "sd3": "Stable Diffusion 3",
     "flux": "FLUX",
     "cascade": "Stable Cascade",
+    "stable_cascade": "Stable Cascade",
     "lora": "a LoRA or another adapter",
     "controlnet": "a ControlNet",
     "vae": "a VAE alone",

@@ -92,6 +92,11 @@ class CascadeFile:
         return f"Stable Cascade: {', '.join(part.label for part in self.parts.values())}"
 
 
+def cascade_option(part: Part) -> str:
+    """Return the option that names the file of a part."""
+    return _OPTIONS[part]
+
+
 def cascade_parts(shapes: Shapes) -> dict[Part, CascadePart]:
     """Return the Stable Cascade parts among tensors of these names and shapes."""
     found = {}
@@ -152,6 +157,13 @@ def require_part(file: CascadeFile, part: Part, *, version: str | None = None, w
         hint = f"Leave --model_version out, or set it to {found.version}"
         raise UserError(f"is {found.label}, but --model_version says {version}", hint, where=where)
     return found
+
+
+def component_parts(path: Path) -> tuple[Part, ...]:
+    """Return the parts of a Diffusers model by its folders."""
+    return tuple(
+        part for part, names in _FOLDERS.items() if any((path / name / "config.json").is_file() for name in names)
+    )
 
 
 def part_folder(path: Path, part: Part) -> Path:

@@ -24,7 +24,14 @@ from library.checkpoints.cascade_parts import (
     shape_of,
 )
 from library.checkpoints.detect import read_json
-from library.checkpoints.detect_cascade import CascadeFile, CascadePart, inspect_cascade, part_folder, require_part
+from library.checkpoints.detect_cascade import (
+    CascadeFile,
+    CascadePart,
+    component_parts,
+    inspect_cascade,
+    part_folder,
+    require_part,
+)
 from library.checkpoints.detect_cascade import cascade_parts as find_parts
 from library.checkpoints.folders import open_folder_weights
 from library.checkpoints.key_maps_cascade import Part, Table
@@ -212,6 +219,20 @@ def _text_heads(opened: _Opened, derived: int) -> int:
         return int(json.loads(stored) if isinstance(stored, str) else stored)
     except (ValueError, TypeError, RecursionError):
         return 0
+
+
+def parts_at(path: str | Path) -> tuple[Part, ...]:
+    """Return the parts that a file, the folder of one component, or a Diffusers model holds; none is no error.
+
+    Raises:
+        UserError: nothing is there, or it is damaged.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return tuple(inspect_cascade(path).parts)
+    if (path / "config.json").is_file():
+        return tuple(find_parts(shapes_of(open_folder_weights(path))))
+    return component_parts(path)
 
 
 # Opening -----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from library.checkpoints import lora_names
+from library.checkpoints.cascade_lora import CASCADE
 from library.checkpoints.key_maps import TEXT_MODEL
 from library.checkpoints.lora_kinds import DOWN, RANKED, UP
 from library.checkpoints.lora_names import TEXT, TEXT_1, TEXT_2, UNET
@@ -38,7 +39,7 @@ _KIND_NAMES = {
     "loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA", "oft": "OFT", "diag-oft": "OFT", "boft": "BOFT",
     "full": "full differences", "norm": "norm layers", "ia3": "IA3", "tlora": "T-LoRA",
 }  # fmt: skip
-_BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+_BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", CASCADE: "stable_cascade"}
 _FOLDED = frozenset({DOWN, UP, "alpha", "scalar", "dora_scale"})
 
 

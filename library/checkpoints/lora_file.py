@@ -6,12 +6,12 @@ value. Nothing is dropped in silence: what nobody understands is listed in `unkn
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.checkpoints import detect, lora_names
+from library.checkpoints import cascade_lora, detect, lora_names
 from library.checkpoints.headers import file_kind, read_header
 from library.checkpoints.lora_kinds import DOWN, MAGNITUDE, RANKED, check_module, kind_of, rank_of
 from library.checkpoints.lora_layouts import Listing, Shapes, sort_keys
@@ -73,7 +73,8 @@ class LoraFile:
 
     Attributes:
         path: of the file.
-        layout: ``kohya``, ``lycoris``, ``peft``, ``diffusers``, ``onetrainer``, ``ai-toolkit``.
+        layout: ``kohya``, ``lycoris``, ``peft``, ``diffusers``, ``onetrainer``, ``ai-toolkit``, ``official`` (that of
+            Stable Cascade's original trainer).
         base: ``sd1``, ``sd2``, ``sdxl``, another family's name, or None when it cannot be told.
         modules: by kohya name.
         metadata: of the header.
@@ -147,6 +148,8 @@ def inspect_lora(path: str | Path) -> LoraInfo:
 
         shapes = {name: tuple(tensor.shape) for name, tensor in load_state_dict(path).tensors.items()}
         metadata = {}
+    view = _original(path, shapes, metadata)
+    shapes = view.shapes if view else shapes
     listing = _checked_listing(path, shapes, metadata, None)
     by_module = {name: {suffix: shapes[key] for suffix, key in keys.items()} for name, keys in listing.modules.items()}
     kinds: dict[str, int] = {}
@@ -158,7 +161,7 @@ def inspect_lora(path: str | Path) -> LoraInfo:
     parts = {listing.places[name][0] for name in by_module}
     return LoraInfo(
         path=path,
-        layout=listing.layout,
+        layout="official" if view else listing.layout,
         base=listing.base,
         kinds=kinds,
         ranks=frozenset(ranks),
@@ -179,12 +182,15 @@ def _prediction(metadata: Mapping[str, str]) -> str | None:
     return detect.classify(Path(), {}, metadata).prediction_type
 
 
-def read_lora(path: str | Path, *, base: str | None = None) -> LoraFile:
+def read_lora(
+    path: str | Path, *, base: str | None = None, entries: Sequence[cascade_lora.Entry] | None = None
+) -> LoraFile:
     """Open a LoRA file of any layout; its tensors are views of the mapped file.
 
     Args:
         path: a file, or a folder as PEFT and diffusers write them.
         base: the model family, where it is known better than the file tells.
+        entries: what the numbers of a file of Stable Cascade's original trainer stand for, where that is known better.
 
     Raises:
         UserError: the file is damaged or no LoRA, a factor lacks its partner or does not fit it, a rank is 0, an alpha
@@ -200,13 +206,16 @@ def read_lora(path: str | Path, *, base: str | None = None) -> LoraFile:
         if isinstance(tensors, MappedTensors)
         else {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     )
+    view = _original(path, shapes, metadata, entries)
+    if view:
+        shapes, tensors = view.shapes, view.tensors(tensors)
     listing = _checked_listing(path, shapes, metadata, base)
     held = {key: tensors[key] for keys in listing.modules.values() for key in keys.values()}
     _check_values(path, held)
     configs = read_peft_configs(path, metadata, uses_peft_names=listing.uses_peft_names)
     return LoraFile(
         path=path,
-        layout=listing.layout,
+        layout="official" if view else listing.layout,
         base=listing.base,
         modules={
             name: AdapterWeights(name, *_weights(str(path), keys, held, listing.places[name], configs))
@@ -218,6 +227,16 @@ def read_lora(path: str | Path, *, base: str | None = None) -> LoraFile:
         places={name: listing.places[name] for name in listing.modules},
         may_be_sdxl=listing.may_be_sdxl,
     )
+
+
+def _original(
+    path: Path, shapes: Shapes, metadata: Mapping[str, str], entries: Sequence[cascade_lora.Entry] | None = None
+) -> cascade_lora.OfficialView | None:
+    """Return a file of the original trainer of Stable Cascade by kohya's names; None for every other layout."""
+    if not cascade_lora.is_official(shapes):
+        return None
+    entries = cascade_lora.entries_of(shapes, metadata, str(path)) if entries is None else entries
+    return cascade_lora.official_view(shapes, entries, str(path))
 
 
 def lora_path(path: str | Path) -> Path:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from library.checkpoints import lora_names
+from library.checkpoints.cascade_lora import CASCADE, WORD_CHANGES, WORD_IDS, is_cascade_path, memory_path
 from library.checkpoints.lora_kinds import DOWN, MAGNITUDE, UP
 from library.checkpoints.lora_names import TEXT, TEXT_1, TEXT_2, UNET
 
@@ -37,11 +38,13 @@ _SIDES = {
     "up": UP,
     "magnitude_vector": MAGNITUDE,
 }
-_FLAT = re.compile(r"(lora|oft)_(unet|te1|te2|te)_([^.]+)")
+_FLAT = re.compile(r"(lora|oft)_(prior_unet|prior_te|unet|te1|te2|te)_([^.]+)")
 _LYCORIS = re.compile(r"lycoris_(?:(unet|text_encoder_2|text_encoder_1|text_encoder|te1|te2|te)_)?([^.]+)")
 _PARTS = {
     "unet": UNET,
     "te": TEXT,
+    "prior_unet": UNET,
+    "prior_te": TEXT,
     "te1": TEXT_1,
     "te2": TEXT_2,
     "text_encoder": TEXT,
@@ -51,6 +54,7 @@ _PARTS = {
 _DOTTED_PARTS = {
     **{f"{name}.": part for name, part in _PARTS.items()},
     **{f"lora_{name}.": part for name, part in _PARTS.items()},
+    "prior.": UNET,
     "model.diffusion_model.": UNET,
     "diffusion_model.": UNET,
     "clip_l.": TEXT,
@@ -61,14 +65,13 @@ _TEXT_LAYER = re.compile(r"self_attn\.to_(q|k|v|out)$")
 _FOREIGN = {
     "flux": re.compile(r"double_blocks|single_blocks|single_transformer_blocks"),
     "sd3": re.compile(r"joint_blocks"),
-    "cascade": re.compile(r"channelwise|kv_mapper|mapper_sca|clip_txt_mapper"),
     "another model with a transformer in place of the U-Net": re.compile(r"^(lora_)?transformer[._]"),
 }
 _WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 _VERSIONS = (
     ("sd_v1", "sd1"), ("sd_v2", "sd2"), ("sdxl", "sdxl"), ("sd3", "sd3"), ("flux", "flux"),
     ("stable-diffusion-v1", "sd1"), ("stable-diffusion-v2", "sd2"), ("stable-diffusion-xl", "sdxl"),
-    ("stable-diffusion-3", "sd3"), ("stable-cascade", "cascade"),
+    ("stable-diffusion-3", "sd3"), ("stable-cascade", CASCADE), ("stable_cascade", CASCADE),
 )  # fmt: skip
 
 
@@ -124,9 +127,9 @@ def sort_keys(shapes: Shapes, metadata: Mapping[str, str], *, base: str | None =
     Args:
         shapes: of every tensor of the file.
         metadata: of the header.
-        base: ``sd1``, ``sd2`` or ``sdxl`` when it is known; None finds out.
+        base: ``sd1``, ``sd2``, ``sdxl`` or ``stable_cascade`` when it is known; None finds out.
     """
-    bundled = tuple(key for key in shapes if key.startswith(BUNDLED))
+    bundled = tuple(key for key in shapes if key.startswith(BUNDLED) or key in (WORD_CHANGES, WORD_IDS))
     found = {key: place for key in shapes if key not in bundled and (place := place_of(key)) is not None}
     found = _in_memory_paths(found)
     if base is None:
@@ -176,8 +179,9 @@ def place_of(key: str) -> KeyPlace | None:
 def _with_module(module: str, suffix: str, style: str) -> KeyPlace | None:
     flat = _FLAT.fullmatch(module)
     if flat is not None:
-        path = lora_names.dotted_path(flat[3])
-        return _checked(KeyPlace(_PARTS[flat[2]], path, suffix, style, flat[1]), flat[3])
+        # Early files of kohya's branch for Stable Cascade end names with a stray underscore.
+        name = flat[3].rstrip("_")
+        return _checked(KeyPlace(_PARTS[flat[2]], lora_names.dotted_path(name), suffix, style, flat[1]), name)
     flat = _LYCORIS.fullmatch(module)
     if flat is not None:
         path = lora_names.dotted_path(flat[2])
@@ -212,7 +216,7 @@ def _checked(place: KeyPlace, flat: str) -> KeyPlace:
     """Spell a path as it is in memory; keep the flat name where the path means nothing to us."""
     path = place.path
     if place.part == UNET:
-        path = f"{path}.0" if path.endswith(".to_out") else path
+        path = memory_path(f"{path}.0" if path.endswith(".to_out") else path)
         known = lora_names.is_known_path(UNET, path) or lora_names.is_sgm_path(path)
     else:
         path = lora_names.text_path(_TEXT_LAYER.sub(r"self_attn.\1_proj", path))
@@ -248,7 +252,8 @@ def _layout(found: Mapping[str, KeyPlace], metadata: Mapping[str, str], bundled:
     """Name the program or the convention that a file comes from."""
     if any("$$" in key for key in found) or "ai-toolkit" in metadata.get("software", ""):
         return "ai-toolkit"
-    if any(bundled) or any(key.startswith("ot_") for key in metadata):
+    own = "ss_train_tokens" in metadata
+    if any(key.startswith(BUNDLED) and not own for key in bundled) or any(key.startswith("ot_") for key in metadata):
         return "onetrainer"
     styles = {place.style for place in found.values()}
     return next((style for style in ("lycoris", "peft", "diffusers") if style in styles), "kohya")
@@ -261,6 +266,8 @@ def _find_base(found: Mapping[str, KeyPlace], shapes: Shapes, metadata: Mapping[
     """Return the base, and whether it may be SDXL though nothing says so. Sizes count more than what a file claims."""
     unet = {place.path for place in found.values() if place.part == UNET}
     parts = {place.part for place in found.values()}
+    if any(map(is_cascade_path, unet)):
+        return CASCADE, False
     width = _text_width(found, shapes)
     if width in _WIDTHS:
         return _WIDTHS[width], False
@@ -305,15 +312,19 @@ def _claimed_base(metadata: Mapping[str, str]) -> str | None:
 
 
 def _base_of_layers(found: Mapping[str, KeyPlace], shapes: Shapes) -> str | None:
-    """Tell SD1 from SD2: projections are 1x1 convolutions in SD1; the text encoder of SD2 has 23 layers, not 12."""
+    """Tell SD1 from SD2: projections are 1x1 convolutions in SD1; the text encoder of SD2 has 23 layers, not 12.
+
+    That of Stable Cascade has 32.
+    """
+    deepest = 0
     for key, place in found.items():
         is_projection = place.part == UNET and place.path.endswith((".proj_in", ".proj_out"))
         if is_projection and place.suffix in (DOWN, "diff"):
             return "sd1" if len(shapes[key]) == 4 else "sd2"
         layer = re.match(r"text_model\.encoder\.layers\.(\d+)\.", place.path)
-        if place.part != UNET and layer is not None and int(layer[1]) >= 12:
-            return "sd2"
-    return None
+        if place.part != UNET and layer is not None:
+            deepest = max(deepest, int(layer[1]))
+    return CASCADE if deepest >= 23 else "sd2" if deepest >= 12 else None
 
 
 def _never_in_sdxl(path: str) -> bool:

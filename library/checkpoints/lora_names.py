@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
-from library.checkpoints import key_maps
+from library.checkpoints import cascade_lora, key_maps
 from library.errors import UserError
 
 UNET, TEXT, TEXT_1, TEXT_2 = "unet", "text_encoder", "text_encoder_1", "text_encoder_2"
@@ -29,7 +29,7 @@ _WORDS = (
     "add_embedding", "linear_1", "linear_2", "input_blocks", "middle_block", "output_blocks", "in_layers",
     "emb_layers", "out_layers", "skip_connection", "time_embed", "label_emb", "text_model", "self_attn", "q_proj",
     "k_proj", "v_proj", "out_proj", "layer_norm1", "layer_norm2", "final_layer_norm", "token_embedding",
-    "position_embedding", "text_projection",
+    "position_embedding", "text_projection", *cascade_lora.WORDS,
 )  # fmt: skip
 _WORD = re.compile(rf"(?<![^_])({'|'.join(sorted(_WORDS, key=len, reverse=True))})(?=_|$)")
 _KNOWN_PATHS = {
@@ -44,7 +44,7 @@ _KNOWN_PATHS = {
     ),
 }
 _ADAPTER_KEY = re.compile(
-    r"^(lora_unet_|lora_te\d?_|oft_unet_|lycoris_|bundle_emb\.)|"
+    r"^(lora_(prior_)?unet_|lora_(prior_)?te\d?_|oft_unet_|lycoris_|bundle_emb\.|weights\.\d+\.lora_(up|down)$)|"
     r"\.lora_([AB]|up|down)\.|\.lora_magnitude_vector|[._]lora\.(up|down)\.|\.lora_linear_layer\.|"
     r"\.hada_w\d|\.lokr_w\d|\.oft_blocks$|\.dora_scale$"
 )
@@ -128,5 +128,7 @@ def dotted_path(flat: str) -> str:
 
 
 def is_known_path(part: str, path: str) -> bool:
-    """Whether a path of memory can be one of a Stable Diffusion U-Net or of a CLIP text encoder."""
+    """Whether a path of memory can be one of a Stable Diffusion U-Net, of stage C, or of a CLIP text encoder."""
+    if part == UNET and cascade_lora.is_cascade_path(path):
+        return True
     return _KNOWN_PATHS[UNET if part == UNET else TEXT].fullmatch(path) is not None

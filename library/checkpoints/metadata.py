@@ -20,7 +20,6 @@ _log = logging.getLogger(__name__)
 
 PRODUCT = "sd-finetune-toolkit"
 VERSION = "0.1.0"
-IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 _SPECIFICATION = "1.0.1"
 _MAX_THUMBNAIL_BYTES = 4 * 1024**2
 _LAST_TIMESTEP = 1000
@@ -63,7 +62,7 @@ def modelspec_metadata(
     table = {
         "sai_model_spec": _SPECIFICATION,
         "architecture": f"{spec.architecture}/{kind}" if kind else spec.architecture,
-        "implementation": "diffusers" if kind == "lora" and spec.name in ("sd1", "sd2") else IMPLEMENTATION,
+        "implementation": "diffusers" if kind == "lora" and spec.name in ("sd1", "sd2") else spec.implementation,
         "implementation_version": f"{PRODUCT}/{VERSION}",
         "title": title,
         "resolution": f"{width}x{height}",

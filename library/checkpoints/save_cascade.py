@@ -28,6 +28,18 @@ Tensors = Mapping[str, "Tensor"]
 FileTensors = dict[str, "Tensor | LazyTensor"]
 
 _STAGE_A_SCALE = 0.43
+_TRANSFORMERS: Mapping[Part, str] = {
+    "text": "CLIPTextModelWithProjection",
+    "vision": "CLIPVisionModelWithProjection",
+}
+COMPONENTS: Mapping[Part, str] = {
+    "stage_c": "prior",
+    "stage_b": "decoder",
+    "stage_a": "vqgan",
+    "text": "text_encoder",
+    "vision": "image_encoder",
+}
+"""Parts that Diffusers models have, by the names of their folders."""
 
 
 def file_tensors(part: Part, tensors: Tensors, layout: Layout = "official") -> FileTensors:
@@ -101,7 +113,7 @@ def save_part(
 def save_component(
     folder: str | Path, part: Part, tensors: Tensors, config: Any, settings: SaveSettings | None = None
 ) -> Path:
-    """Write stage C, stage B, stage A or the text encoder as the folder of one component of a Diffusers model.
+    """Write a stage, or a text or image encoder, as the folder of one component of a Diffusers model.
 
     Raises:
         NonFiniteWeights: there are NaN or infinity, or the precision makes some.
@@ -110,7 +122,7 @@ def save_component(
     folder, settings = Path(folder), settings or SaveSettings()
     rows = file_tensors(part, tensors, "diffusers")
     size = sum(stored_size(tensor, settings.precision) for tensor in rows.values())
-    name = "model" if part == "text" else "diffusion_pytorch_model"
+    name = "model" if part in _TRANSFORMERS else "diffusion_pytorch_model"
     with atomic_folder(folder, size=size) as temporary:
         write_bytes(temporary / "config.json", as_json(_component_config(part, config)))
         write_safetensors(temporary / f"{name}.safetensors", rows, {"format": "pt"}, **write_options(settings))
@@ -133,6 +145,6 @@ def _component_config(part: Part, config: Any) -> dict[str, Any]:
             # The class itself has the scale of Würstchen v2 as its default.
             "scale_factor": _STAGE_A_SCALE,
         }
-    if part != "text":
+    if part not in _TRANSFORMERS:
         raise ValueError(f"diffusers has no class for {part}")
-    return {"architectures": ["CLIPTextModelWithProjection"], **config}
+    return {"architectures": [_TRANSFORMERS[part]], **config}

@@ -52,7 +52,7 @@ def resolution_list(resolution_wh: Size, min_reso: int, max_reso: int, step: int
 
 def bucket_problems(spec: DatasetSpec, where: str, step_multiple: int = 1) -> Iterator[Problem]:
     """Yield what is wrong with the bucket options of a data set, with the option to change and the value it needs."""
-    if not spec.enable_bucket:
+    if not spec.enable_bucket or spec.bucket_sizes:
         return
     step = spec.bucket_reso_steps
     if step < 1 or step % step_multiple:
@@ -88,6 +88,10 @@ def bucket_notes(spec: DatasetSpec) -> Iterator[str]:
     """Yield one line for every bucket option that is rounded or has no effect."""
     if not spec.enable_bucket or spec.bucket_reso_steps < 1:
         return
+    if spec.bucket_sizes:
+        if spec.bucket_no_upscale:
+            yield "bucket_no_upscale has no effect: multi_aspect_ratio names the buckets"
+        return
     low, high = adjusted_limits(spec.min_bucket_reso, spec.max_bucket_reso, spec.bucket_reso_steps)
     step = spec.bucket_reso_steps
     if low != spec.min_bucket_reso:
@@ -118,12 +122,15 @@ class BucketChooser:
         self._assigned = dict(assigned or {})
         self.resolution_wh = spec.resolution_wh
         self.step = spec.bucket_reso_steps
-        self.no_upscale = spec.enable_bucket and spec.bucket_no_upscale and resolutions is None
+        listed = bool(spec.bucket_sizes) or resolutions is not None
+        self.no_upscale = spec.enable_bucket and spec.bucket_no_upscale and not listed
         self.resolutions: tuple[Size, ...] | None = None
         if resolutions is not None:
             self.resolutions = tuple(sorted(set(resolutions)))
         elif not spec.enable_bucket:
             self.resolutions = (spec.resolution_wh,)
+        elif spec.bucket_sizes:
+            self.resolutions = tuple(sorted(spec.bucket_sizes))
         elif not spec.bucket_no_upscale:
             low, high = adjusted_limits(spec.min_bucket_reso, spec.max_bucket_reso, self.step)
             self.resolutions = resolution_list(spec.resolution_wh, low, high, self.step)
@@ -158,6 +165,18 @@ class BucketChooser:
         else:
             bucket = self._assigned.get(size_wh) or self._nearest(width, height)
             resized = _cover(size_wh, bucket)
+        return self._placed(size_wh, bucket, resized)
+
+    def place_in(self, size_wh: Size, bucket: Size) -> Placement:
+        """Return resized size and centre crop of an image in a bucket of the caller's choice.
+
+        Raises:
+            UnusableSize: The image is too elongated for it.
+        """
+        return self._placed(size_wh, bucket, _cover(size_wh, bucket))
+
+    def _placed(self, size_wh: Size, bucket: Size, resized: Size) -> Placement:
+        width, height = size_wh
         if max(resized) > LONGEST_RESIZED_SIDE:
             raise UnusableSize(f"{width}x{height} is too elongated for any bucket")
         crop = ((resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2)

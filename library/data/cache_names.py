@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from library.contracts import ImageRecord, Placement
+from library.data.storage import Locator, holds_members, is_remote, locator_of
 
 LEGACY = ""
 """Suffix of the oldest names, `<stem>.npz`, which say neither size nor family."""
@@ -19,15 +21,23 @@ _MAX_NAME = 255
 
 @dataclass(frozen=True, slots=True)
 class CacheRules:
-    """Options of the caches that decide names and validity."""
+    """Options of the caches that decide names and validity; `sized` and `suffix` as in `FamilySpec`."""
 
     suffix: str = "_sd"
+    sized: bool = True
     family: str = ""
     folder: str | None = None
     root: str = ""
     use_hash: bool = False
     trust_mtime: bool = False
     skip_check: bool = False
+
+    @property
+    def readable(self) -> tuple[str, ...]:
+        """Suffixes of latent caches that may serve, the family's own first. Where names tell no size, no other may."""
+        if not self.sized:
+            return (self.suffix,)
+        return (self.suffix, LEGACY, *(("_sdxl",) if self.suffix == "_sd" else ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +90,8 @@ class LatentNeed:
 def cache_path(record: ImageRecord, rules: CacheRules, suffix: str | None = None) -> str:
     """Return the name of an image's cache file; `suffix=LEGACY` gives `<stem>.npz`, None the family's own name."""
     suffix = rules.suffix if suffix is None else suffix
-    ending = ".npz" if suffix == LEGACY else f"_{record.size_wh[0]:04d}x{record.size_wh[1]:04d}{suffix}.npz"
+    size = f"_{record.size_wh[0]:04d}x{record.size_wh[1]:04d}" if rules.sized and suffix != LEGACY else ""
+    ending = f"{size}{suffix}.npz"
     return _beside(record.path, ending, rules)
 
 
@@ -90,7 +101,9 @@ def text_cache_path(path: str, rules: CacheRules) -> str:
 
 
 def _beside(path: str, ending: str, rules: CacheRules) -> str:
-    stem, _ = os.path.splitext(_mirrored(path, rules))  # noqa: PTH122 - names may hold bytes that Path changes
+    locator = locator_of(path)
+    mirrored = _mirrored(path, rules) if locator is None else _of_member(locator, rules)
+    stem, _ = os.path.splitext(mirrored)  # noqa: PTH122 - names may hold bytes that Path changes
     folder, name = os.path.split(stem)
     if len(os.fsencode(name)) + len(ending) > _MAX_NAME:
         mark = hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()
@@ -98,9 +111,32 @@ def _beside(path: str, ending: str, rules: CacheRules) -> str:
     return os.path.join(folder, name + ending)  # noqa: PTH118
 
 
+def _of_member(locator: Locator, rules: CacheRules) -> str:
+    """Return what stands for a member of a tar file: a folder for each tar file, a name for each member.
+
+    Both hold a digest of the whole name, so neither tar files of equal names nor members of different folders of one
+    can get the same.
+    """
+    shard = locator.shard if is_remote(locator.shard) else os.path.abspath(locator.shard)  # noqa: PTH100
+    base = shard.partition("?")[0].rstrip("/").rpartition("/")[2].removesuffix(".tar")
+    folder = f"{_printable(base)}-{_mark(shard, 12)}"
+    stem = locator.member.rpartition("/")[2].partition(".")[0]
+    return os.path.join(rules.folder or "", folder, f"{_printable(stem)}-{_mark(locator.member, 8)}.tar")  # noqa: PTH118
+
+
+def _mark(text: str, size: int) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size).hexdigest()
+
+
+def _printable(text: str) -> str:
+    """Return what of a name is harmless everywhere; its digest tells it apart."""
+    return re.sub(r"[^\w-]", "_", text, flags=re.ASCII)[:80]
+
+
 def mirror_root(folders: Iterable[str]) -> str:
     """Return the folder whose tree `--cache_dir` mirrors: the nearest one above all image folders."""
-    above = [os.path.dirname(os.path.abspath(folder)) for folder in folders]  # noqa: PTH100, PTH120
+    plain = [folder for folder in folders if not holds_members(folder)]
+    above = [os.path.dirname(os.path.abspath(folder)) for folder in plain]  # noqa: PTH100, PTH120
     try:
         return os.path.commonpath(above) if above else ""
     except ValueError:  # several drives

@@ -34,6 +34,7 @@ from library.data.cache_files import (
 )
 from library.data.cache_names import LEGACY, CacheRules, LatentNeed, cache_path
 from library.data.npz import BrokenNpz, NpzFile
+from library.data.storage import locator_of
 from library.errors import UserError
 
 OTHER_RESOLUTION = "other resolution"
@@ -70,7 +71,7 @@ def find_valid(
         (suffix of the valid file, None), or (None, reason).
     """
     reason: str | None = None
-    for suffix in (rules.suffix, LEGACY, *(("_sdxl",) if rules.suffix == "_sd" else ())):
+    for suffix in rules.readable:
         path = cache_path(need.record, rules, suffix)
         if present is not None and os.path.basename(path) not in present:  # noqa: PTH119
             continue
@@ -155,7 +156,8 @@ def _origin_problem(origin: Mapping[str, Any], need: LatentNeed, rules: CacheRul
 def file_sha256(path: str) -> str | None:
     """Return the SHA-256 of a file in hexadecimal, or None when it cannot be read."""
     try:
-        with Path(path).open("rb") as file:
+        locator = locator_of(path)
+        with Path(path).open("rb") if locator is None else locator.open() as file:
             digest = hashlib.sha256()
             while piece := file.read(1 << 20):
                 digest.update(piece)

@@ -12,10 +12,14 @@ import re
 from collections.abc import Sequence
 
 from library.data.dataset_spec import SubsetSpec
+from library.data.filters import choose, parse_captions_getter
 
 _DROPPING = ("caption_dropout_rate", "caption_dropout_every_n_epochs")
 
 Replacement = tuple[str, str | Sequence[str]]
+
+ALTERNATIVE = "\x1e"
+"""Between the texts of a caption of which one is chosen at each visit; no caption holds it otherwise."""
 
 # Protected braces are held by characters that `clean_caption` keeps out of captions.
 _OPEN, _CLOSE = "\x01", "\x02"
@@ -53,6 +57,7 @@ class CaptionPipeline:
                 raise ValueError("token_warmup_step below 1 needs the number of steps of the run")
             warmup = math.floor(warmup * max_train_steps)
         self._warmup_steps = warmup
+        self._weights = _weights_of(subset)
         self._edits_tags = subset.shuffle_caption or warmup > 0 or subset.caption_tag_dropout_rate > 0
 
     def random_options(self) -> tuple[str, ...]:
@@ -63,6 +68,8 @@ class CaptionPipeline:
             for name in ("caption_dropout_rate", "caption_dropout_every_n_epochs", "shuffle_caption", "enable_wildcard")
             if getattr(subset, name)
         ]
+        if len(self._weights) > 1:
+            found.append("caption_field")
         if self._warmup_steps > 0:
             found.append("token_warmup_step")
         if subset.caption_tag_dropout_rate > 0:
@@ -95,6 +102,8 @@ class CaptionPipeline:
             epoch: Counted from 1.
             step: Optimizer updates done, from 0.
         """
+        if text.count(ALTERNATIVE) == len(self._weights) - 1 > 0:
+            text = choose([part or None for part in text.split(ALTERNATIVE)], self._weights, rng) or ""
         text = self._framed(text)
         return "" if self._dropped(rng, epoch) else self._finished(text, rng, step)
 
@@ -163,6 +172,16 @@ class CaptionPipeline:
             new = target if isinstance(target, str) else rng.choice(target)
             text = text.replace(source, new) if source else new
         return text
+
+
+def _weights_of(subset: SubsetSpec) -> tuple[float, ...]:
+    """Return how often each of several texts of a caption is chosen."""
+    return parse_captions_getter(list(subset.caption_field)).weights if subset.caption_field else (1.0,)
+
+
+def readable(text: str) -> str:
+    """Return a caption as it is told and counted: its alternatives one after the other."""
+    return text.replace(ALTERNATIVE, ", ") if ALTERNATIVE in text else text
 
 
 def expand_wildcards(text: str, rng: random.Random) -> str:

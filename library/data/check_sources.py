@@ -110,6 +110,9 @@ def _add_subset(sources: Sources, subset: SubsetSpec, encoding: str) -> None:
     if subset.metadata_file is not None:
         _add_metadata(sources, subset)
         return
+    if subset.webdataset_path:
+        hint = "Their pictures are looked at when they are indexed; unpack them to have everything checked."
+        raise UserError("pictures in tar files are not checked by this tool", hint, where=subset.label)
     # The empty text is what folders named `10_` ask for.
     stand_in = subset.class_tokens
     reading = _Reading(subset.caption_extension, encoding, subset.enable_wildcard, stand_in)

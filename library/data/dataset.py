@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from library.contracts import FamilySpec
+from library.contracts import ConditionMaker, FamilySpec
 from library.data.augment import View, mask_of, normalise
 from library.data.cache_names import CacheRules, LatentNeed, mirror_root
 from library.data.dataset_spec import DatasetSpec
@@ -143,7 +143,8 @@ class TrainingData:
         """Whether loading a batch opens no pictures at all."""
         catalogue = self.catalogue
         masks = bool((catalogue.table.columns.mask_folders >= 0).any())
-        return catalogue.latents is not None and not catalogue.family.needs_pixels and not masks
+        plain = not catalogue.family.needs_pixels and catalogue.conditions is None
+        return catalogue.latents is not None and plain and not masks
 
     @property
     def fixed_captions(self) -> bool:
@@ -153,6 +154,10 @@ class TrainingData:
     def use_texts(self, texts: TextSource) -> None:
         """Serve cached outputs of text encoders from now on, in place of token ids."""
         self.catalogue = replace(self.catalogue, texts=texts)
+
+    def use_conditions(self, conditions: ConditionMaker) -> None:
+        """Serve what a ControlNet looks at from now on, `Batch.control`."""
+        self.catalogue = replace(self.catalogue, conditions=conditions)
 
     def latent_plan(self, vae: str) -> LatentPlan:
         """Look at the latent cache of every image.
@@ -260,6 +265,7 @@ class TrainingData:
         folders = {folder for folder, _ in self.table.folders}
         return CacheRules(
             suffix=suffix,
+            sized=self.family.latent_cache_sized,
             family=self.family.name,
             folder=cache.cache_dir,
             root=mirror_root(sorted(folders)) if cache.cache_dir else "",

@@ -7,18 +7,20 @@ present wins. All problems are reported together.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
+from library.data.aspect_list import aspect_sizes
 from library.data.buckets import bucket_notes, bucket_problems
 from library.data.dataset_file import read_table
-from library.data.dataset_schema import KIND_NAMES, PATH_KEYS, REQUIRED, Level, check_table, known_keys
+from library.data.dataset_schema import KIND_NAMES, REQUIRED, Level, check_table, known_keys
 from library.data.dataset_spec import CONTROLNET, DREAMBOOTH, FINETUNING, DatasetSpec, SubsetSpec
 from library.data.folder_tree import read_folder_tree
 from library.data.options import DatasetOptions, SubsetOptions
+from library.data.spec_checks import path_problems
 from library.errors import Problem, raise_problems
 from library.option_values import nearest, resolution_wh
 
@@ -88,7 +90,7 @@ def load_dataset_specs(
     else:
         source = _from_command_line(data, subset, script, in_json)
     problems = source.problems
-    specs = _build(source, data, subset, problems)
+    specs = [_with_sizes(spec, bucket_step_multiple) for spec in _build(source, data, subset, problems)]
     for spec, dataset in zip(specs, source.datasets, strict=True):
         problems.extend(bucket_problems(spec, dataset.where, bucket_step_multiple))
     raise_problems(problems)
@@ -96,6 +98,14 @@ def load_dataset_specs(
         for note in bucket_notes(spec):
             _log.warning("data set %d: %s", spec.index + 1, note)
     return tuple(specs)
+
+
+def _with_sizes(spec: DatasetSpec, step: int) -> DatasetSpec:
+    """Work out the buckets that `multi_aspect_ratio` stands for."""
+    if not spec.multi_aspect_ratio:
+        return spec
+    side = math.isqrt(spec.resolution_wh[0] * spec.resolution_wh[1])
+    return replace(spec, bucket_sizes=aspect_sizes(side, spec.multi_aspect_ratio, step=step))
 
 
 def _accepted_kinds(kinds: tuple[str, ...], masked_loss: bool) -> tuple[str, ...]:
@@ -106,8 +116,8 @@ def _accepted_kinds(kinds: tuple[str, ...], masked_loss: bool) -> tuple[str, ...
 
 
 def _warn_ignored(data: DatasetOptions, in_json: str | None) -> None:
-    named = {"--train_data_dir": data.train_data_dir, "--reg_data_dir": data.reg_data_dir, "--in_json": in_json}
-    ignored = [option for option, value in named.items() if value]
+    names = ("train_data_dir", "reg_data_dir", "webdataset_path")
+    ignored = [f"--{name}" for name in names if getattr(data, name)] + (["--in_json"] if in_json else [])
     if ignored:
         _log.warning("%s ignored: --dataset_config names the data", " and ".join(ignored))
 
@@ -162,7 +172,7 @@ def _tables(
 
 def _read_dataset(table: dict[str, Any], where: str, script: _Script, problems: list[Problem]) -> _Dataset:
     subsets = _tables(table, "subsets", where, "[[datasets.subsets]]", problems)
-    kind = _kind_of(subsets)
+    kind = _kind_of(subsets, script)
     dataset = _Dataset(where, kind)
     refusal = _refused_kind(kind, script) if subsets else None
     if refusal is not None:
@@ -178,10 +188,17 @@ def _read_dataset(table: dict[str, Any], where: str, script: _Script, problems: 
     return dataset
 
 
-def _kind_of(subsets: list[dict[str, Any]]) -> str:
+def _kind_of(subsets: list[dict[str, Any]], script: _Script) -> str:
     if subsets and all("conditioning_data_dir" in subset for subset in subsets):
         return CONTROLNET
-    return FINETUNING if any("metadata_file" in subset for subset in subsets) else DREAMBOOTH
+    if any("metadata_file" in subset for subset in subsets):
+        return FINETUNING
+    return _kind_of_shards(script) if all("webdataset_path" in subset for subset in subsets) else DREAMBOOTH
+
+
+def _kind_of_shards(script: _Script) -> str:
+    """Tar files serve where folders do, and in scripts for metadata files, too."""
+    return FINETUNING if DREAMBOOTH not in script.accepted and FINETUNING in script.accepted else DREAMBOOTH
 
 
 def _refused_kind(kind: str, script: _Script) -> tuple[str, str] | None:
@@ -200,8 +217,12 @@ def _refused_kind(kind: str, script: _Script) -> tuple[str, str] | None:
 
 
 def _missing_keys(entry: Mapping[str, Any], kind: str, where: str) -> Iterator[Problem]:
+    packed = "webdataset_path" in entry
+    others = [name for name in ("image_dir", "metadata_file") if packed and name in entry]
+    if others:
+        yield Problem(where, f"has webdataset_path and {others[0]}", "Make two subsets of it.")
     for name in REQUIRED[kind]:
-        if name in entry:
+        if name in entry or (packed and kind != CONTROLNET):
             continue
         if kind == FINETUNING:
             yield Problem(
@@ -215,7 +236,9 @@ def _missing_keys(entry: Mapping[str, Any], kind: str, where: str) -> Iterator[P
 
 def _from_command_line(data: DatasetOptions, subset: SubsetOptions, script: _Script, in_json: str | None) -> _Source:
     source = _Source()
-    if not data.train_data_dir and not (in_json and FINETUNING in script.kinds):
+    if data.webdataset_path:
+        _read_shards(data, script, source)
+    elif not data.train_data_dir and not (in_json and FINETUNING in script.kinds):
         problem = Problem("", "no training data named", "Give --train_data_dir or --dataset_config.")
         source.problems.append(problem)
     elif FINETUNING in script.kinds and in_json:
@@ -236,6 +259,23 @@ def _from_command_line(data: DatasetOptions, subset: SubsetOptions, script: _Scr
     else:
         source.problems.append(Problem("--in_json", "is required", "Or give --dataset_config."))
     return source
+
+
+def _read_shards(data: DatasetOptions, script: _Script, source: _Source) -> None:
+    """Turn `--webdataset_path` into one data set, together with the folders that are named besides."""
+    kind = _kind_of_shards(script)
+    refusal = _refused_kind(kind, script)
+    if refusal is not None:
+        source.problems.append(Problem("--webdataset_path", *refusal))
+        return
+    values = {"webdataset_path": data.webdataset_path}
+    dataset = _Dataset("--webdataset_path", kind, {}, [_Subset("--webdataset_path", values)])
+    if kind == DREAMBOOTH:
+        _read_trees(data, script, source)
+        dataset.subsets += [subset for tree in source.datasets for subset in tree.subsets]
+    elif data.train_data_dir:
+        _log.warning("--train_data_dir ignored: --webdataset_path names the data")
+    source.datasets = [dataset]
 
 
 def _read_trees(data: DatasetOptions, script: _Script, source: _Source) -> None:
@@ -261,6 +301,8 @@ def _read_trees(data: DatasetOptions, script: _Script, source: _Source) -> None:
             _log.warning("%s %s: folder ignored: %s", option, parent, reason)
         for folder, repeats, words in tree.subsets:
             values = {"image_dir": folder, "num_repeats": repeats, "is_reg": is_reg, "class_tokens": words}
+            if is_reg or data.webdataset_path:
+                values |= {"dataset_filter": (), "caption_field": ()}
             dataset.subsets.append(_Subset(f"{option} {folder}", values))
     if dataset.subsets:
         source.datasets.append(dataset)
@@ -275,7 +317,7 @@ def _build(source: _Source, data: DatasetOptions, options: SubsetOptions, proble
         for entry in _kept_subsets(dataset, source.general, options):
             subset = _build_subset(entry, dataset, source.general, (data, options))
             subset = replace(subset, index=count + len(subsets), dataset=index)
-            problems.extend(_path_problems(subset, entry.where))
+            problems.extend(path_problems(subset, entry.where))
             subsets.append(subset)
         if dataset.subsets and not subsets:
             problems.append(Problem(dataset.where, "has no subset with num_repeats of 1 or more"))
@@ -284,7 +326,8 @@ def _build(source: _Source, data: DatasetOptions, options: SubsetOptions, proble
     return specs
 
 
-_DATASET_FIELDS = tuple(f.name for f in fields(DatasetSpec) if f.name not in ("index", "kind", "subsets"))
+_NOT_READ = ("index", "kind", "subsets", "bucket_sizes")
+_DATASET_FIELDS = tuple(f.name for f in fields(DatasetSpec) if f.name not in _NOT_READ)
 
 
 def _build_dataset(
@@ -301,6 +344,7 @@ def _build_dataset(
         values["resolution_wh"] = "512"
     values["resolution_wh"] = resolution_wh(values["resolution_wh"])
     values["network_multiplier"] = float(values["network_multiplier"])
+    values["enable_bucket"] = values["enable_bucket"] or bool(values["multi_aspect_ratio"])
     return DatasetSpec(index=index, kind=dataset.kind, **values)
 
 
@@ -322,6 +366,7 @@ def _build_subset(
         fallback = next((getattr(group, name) for group in reversed(options) if hasattr(group, name)), None)
         values[name] = _look_up(name, (entry.values, dataset.values, general), fallback)
     values["custom_attributes"] = dict(values["custom_attributes"] or {})
+    values["webdataset_path"] = entry.values.get("webdataset_path", ())
     extension = values.get("caption_extension")
     if extension and not extension.startswith("."):
         values["caption_extension"] = "." + extension
@@ -343,6 +388,7 @@ def _kept_subsets(dataset: _Dataset, general: Mapping[str, Any], options: Subset
     for entry in dataset.subsets:
         repeats = _look_up("num_repeats", (entry.values, dataset.values, general), options.num_repeats)
         paths = [entry.values.get(name) for name in names.get(dataset.kind, ("image_dir",))]
+        paths += entry.values.get("webdataset_path", ())
         identity = tuple(os.path.normpath(path) for path in paths if path) or (entry.where,)
         if repeats < 1:
             _log.warning("%s: num_repeats is %d: subset ignored", entry.where, repeats)
@@ -351,26 +397,3 @@ def _kept_subsets(dataset: _Dataset, general: Mapping[str, Any], options: Subset
         else:
             kept[identity] = entry
     return list(kept.values())
-
-
-def _path_problems(subset: SubsetSpec, where: str) -> Iterator[Problem]:
-    """Yield folders and files that do not exist, with the resolved path and a near name."""
-    for name in PATH_KEYS:
-        value = getattr(subset, name)
-        if value is None:
-            continue
-        path = Path(value)
-        exists = path.is_file() if name == "metadata_file" else path.is_dir()
-        if exists:
-            continue
-        what = "file" if name == "metadata_file" else "folder"
-        hint = f"Looked for {path.absolute()}."
-        near = _near_name(path)
-        yield Problem(where, f"{name} {value!r}: {what} not found", f"{hint} Did you mean {near!r}?" if near else hint)
-
-
-def _near_name(path: Path) -> str | None:
-    try:
-        return nearest(path.name, [entry.name for entry in path.absolute().parent.iterdir()])
-    except (OSError, ValueError):
-        return None

@@ -31,6 +31,7 @@ REQUIRED = {
     CONTROLNET: ("image_dir", "conditioning_data_dir"),
 }
 DROPOUT_KEYS = ("caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate")
+_CONVERTED = ("multi_aspect_ratio", "dataset_filter", "caption_field")
 _ELSEWHERE_ON_COMMAND_LINE = ("max_token_length", "in_json", "seed")
 _TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text in quotes"}
 
@@ -58,6 +59,10 @@ class Key:
             return _resolution(value)
         if self.name == "face_crop_aug_range":
             return _pair(value, self.option)
+        if self.name == "webdataset_path":
+            return _paths(value)
+        if self.name in _CONVERTED and self.option is not None:
+            return self.option.notes["convert"](value)
         if self.name == "custom_attributes":
             return _table(value)
         annotation = self.option.annotation if self.option else str
@@ -72,7 +77,10 @@ class Key:
 @cache
 def known_keys() -> Mapping[str, Key]:
     """Return every key of dataset configurations by name."""
-    keys = {"conditioning_data_dir": Key("conditioning_data_dir", ("subset",), (CONTROLNET,))}
+    keys = {
+        "conditioning_data_dir": Key("conditioning_data_dir", ("subset",), (CONTROLNET,)),
+        "webdataset_path": Key("webdataset_path", ("subset",), (DREAMBOOTH, FINETUNING)),
+    }
     for group in (DatasetOptions, SubsetOptions):
         for option in options_of(group):
             levels = option.notes.get("scope", ())
@@ -149,6 +157,13 @@ def _table(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadValue(f"must be a table such as {{ key = 1 }}, not {value!r}")
     return value
+
+
+def _paths(value: Any) -> tuple[str, ...]:
+    parts = value if isinstance(value, list) else [value]
+    if not parts or not all(isinstance(part, str) for part in parts):
+        raise BadValue(f"must be a path or a list of paths of tar files, not {value!r}")
+    return tuple(_path(part) for part in parts)
 
 
 def _path(value: str) -> str:

@@ -13,7 +13,7 @@ CONTROLNET = "controlnet"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubsetSpec:
-    """One folder or metadata file of a data set, with its caption and augmentation settings.
+    """One folder, metadata file or set of tar files, with its caption and augmentation settings.
 
     `index` counts over all data sets of the run, `dataset` is the number of the data set it belongs to. Without a
     `caption_extension` no caption files are read.
@@ -23,6 +23,9 @@ class SubsetSpec:
     dataset: int = 0
     image_dir: str | None = None
     metadata_file: str | None = None
+    webdataset_path: tuple[str, ...] = ()
+    dataset_filter: tuple[str, ...] = ()
+    caption_field: tuple[str, ...] = ()
     conditioning_data_dir: str | None = None
     is_reg: bool = False
     class_tokens: str | None = None
@@ -69,13 +72,21 @@ class SubsetSpec:
 
     @property
     def label(self) -> str:
-        """Return the folder or metadata file that messages name this subset by."""
-        return self.metadata_file or self.image_dir or f"subset {self.index + 1}"
+        """Return the folder, metadata file or tar files that messages name this subset by."""
+        return self.metadata_file or self.image_dir or ", ".join(self.webdataset_path) or f"subset {self.index + 1}"
+
+    @property
+    def source(self) -> tuple[str | None, str | None, tuple[str, ...]]:
+        """Return what tells the pictures of this subset from those of others."""
+        return self.image_dir, self.metadata_file, self.webdataset_path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSpec:
-    """One data set: its resolution, batch size, bucket rules and subsets. `resolution_wh` is (width, height)."""
+    """One data set: its resolution, batch size, bucket rules and subsets. `resolution_wh` is (width, height).
+
+    `bucket_sizes` are what `multi_aspect_ratio` stands for at this resolution; empty: buckets follow the other rules.
+    """
 
     index: int = 0
     kind: str = DREAMBOOTH
@@ -86,6 +97,9 @@ class DatasetSpec:
     max_bucket_reso: int = 1024
     bucket_reso_steps: int = 64
     bucket_no_upscale: bool = False
+    multi_aspect_ratio: tuple[str, ...] = ()
+    bucket_random_ratio: float = 0.0
+    bucket_sizes: tuple[tuple[int, int], ...] = ()
     resize_interpolation: str | None = None
     network_multiplier: float = 1.0
     validation_split: float = 0.0

@@ -145,20 +145,32 @@ class CaptionGetter:
             fields: of the sample: texts, and under `json` the parsed object.
             rng: decides where there are alternatives; those that the sample does not have take no part.
         """
+        return choose(self.alternatives(fields), self.weights, rng)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """How often each alternative is chosen, in proportion; a single one where there is no choice."""
+        return tuple(weight for _path, weight in self._paths) or (1.0,)
+
+    def alternatives(self, fields: Mapping[str, Any]) -> list[str | None]:
+        """Return the texts that a sample offers, one for each weight; None where it has none."""
+        if self._paths:
+            return [_at(fields.get(JSON_FIELD), path) for path, _weight in self._paths]
         value = fields.get(self.field)
         if self._expression is not None:
             try:
                 value = self._expression(value)
             except Rejected:
-                return None
-        elif self._paths:
-            facts = fields.get(JSON_FIELD)
-            found = [(text, weight) for path, weight in self._paths if (text := _at(facts, path)) is not None]
-            if not found:
-                return None
-            texts, weights = zip(*found, strict=True)
-            value = rng.choices(texts, weights)[0] if len(texts) > 1 else texts[0]
-        return value if isinstance(value, str) else None
+                value = None
+        return [value if isinstance(value, str) else None]
+
+
+def choose(texts: Sequence[str | None], weights: Sequence[float], rng: random.Random) -> str | None:
+    """Return one of the texts that are there; None when none is."""
+    found = [(text, weight) for text, weight in zip(texts, weights, strict=True) if text is not None]
+    if len(found) > 1:
+        return rng.choices([text for text, _ in found], [weight for _, weight in found])[0]
+    return found[0][0] if found else None
 
 
 def parse_captions_getter(value: Any, *, where: str = "captions_getter") -> CaptionGetter:

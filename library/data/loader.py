@@ -86,7 +86,7 @@ class PlannedBatches:
         Raises:
             UserError: workers die again and again, or no image can be read any more.
         """
-        dataset = self._data.dataset(self._seed, self._length.total_steps)
+        dataset = self._dataset()
         source = self._in_processes(dataset, start) if self.workers else self._in_thread(dataset, start)
         try:
             while True:
@@ -100,6 +100,10 @@ class PlannedBatches:
                 yield batch
         finally:
             source.close()
+
+    def _dataset(self) -> Any:
+        """Return what loader workers ask for batches."""
+        return self._data.dataset(self._seed, self._length.total_steps)
 
     def _keys(self, start: Position) -> Iterator[BatchKey]:
         return batch_keys(self._data.planner, self._length, self._seed, self._rank, start)

@@ -69,17 +69,24 @@ class _Folder:
             folder.by_stem.setdefault(name[: name.rfind(".")], []).append(name)
         # Sorted, so that of several caches of one image always the same one tells its size.
         for name in sorted(name for name in listing.others if name.endswith(".npz")):
-            match = cache_pattern.match(name)
-            if match:
+            match = cache_pattern.fullmatch(name)
+            if match and "width" in cache_pattern.groupindex:
                 folder.caches[match["stem"]] = (int(match["width"]), int(match["height"]))
-            else:
+            elif match:
+                folder.caches[match["stem"]] = None
+            elif "width" in cache_pattern.groupindex:
                 folder.caches.setdefault(name[:-4], None)
                 folder.old_caches.add(name[:-4])
         return folder
 
 
 def scan_metadata(
-    subset: SubsetSpec, settings: FolderSettings, *, trust_sizes: bool = False, latent_suffix: str = "_sd"
+    subset: SubsetSpec,
+    settings: FolderSettings,
+    *,
+    trust_sizes: bool = False,
+    latent_suffix: str = "_sd",
+    latent_sized: bool = True,
 ) -> MetadataScan:
     """Read the metadata file of a subset and find its images.
 
@@ -91,17 +98,20 @@ def scan_metadata(
         settings: How image files are read; captions are not.
         trust_sizes: Take `image_size` of an entry without opening the file.
         latent_suffix: Ending of latent cache files of the model family, `_sd` in `a_0512x0512_sd.npz`.
+        latent_sized: Their names tell the size of the image, as in this example.
 
     Raises:
         UserError: The metadata file is unusable.
     """
     with collection_paused():
-        return _scan(subset, settings, trust_sizes, latent_suffix)
+        return _scan(subset, settings, trust_sizes=trust_sizes, latent_suffix=latent_suffix, sized=latent_sized)
 
 
-def _scan(subset: SubsetSpec, settings: FolderSettings, trust_sizes: bool, latent_suffix: str) -> MetadataScan:
+def _scan(
+    subset: SubsetSpec, settings: FolderSettings, *, trust_sizes: bool, latent_suffix: str, sized: bool
+) -> MetadataScan:
     entries = read_metadata(subset.metadata_file or "")
-    finder = _Finder(subset.image_dir, latent_suffix)
+    finder = _Finder(subset.image_dir, latent_suffix, sized)
     scan = MetadataScan()
     seen: dict[tuple[str, str], str] = {}
     for entry in entries:
@@ -122,10 +132,10 @@ def _scan(subset: SubsetSpec, settings: FolderSettings, trust_sizes: bool, laten
 class _Finder:
     """Resolves keys; lists every folder once."""
 
-    def __init__(self, image_dir: str | None, latent_suffix: str) -> None:
+    def __init__(self, image_dir: str | None, latent_suffix: str, sized: bool) -> None:  # noqa: FBT001
         self._image_dir = image_dir
         self._folders: dict[str, _Folder] = {}
-        size = r"_(?P<width>\d{2,})x(?P<height>\d{2,})"
+        size = r"_(?P<width>\d{2,})x(?P<height>\d{2,})" if sized else ""
         self._pattern = re.compile(rf"(?P<stem>.+){size}{re.escape(latent_suffix)}\.npz", re.DOTALL)
         self._suffixes = image_suffixes()
         self._inside: dict[str, str] = {}

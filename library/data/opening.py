@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import cast
 
@@ -20,6 +21,7 @@ from library.data.serving import Catalogue, Placements, Reading
 from library.data.spec_checks import cache_problems, mask_problems, warn_of_unused_caches
 from library.data.summary import describe
 from library.errors import Problem, raise_problems
+from library.randomness import derive, uniform
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +58,12 @@ def open_data(
     specs = load_dataset_specs(
         data, subset, kinds=kinds, bucket_step_multiple=spec.bucket_step_multiple, in_json=data.in_json
     )
+    if data.webdataset_streaming:
+        from library.data.stream_data import open_stream
+
+        batches = None if context is None else context.run_batches
+        stream = open_stream(specs, data, cache, spec=spec, tokenizers=tokenizers, run_batches=batches)
+        return cast(TrainingData, stream)
     return open_specs(specs, data, cache, spec=spec, tokenizers=tokenizers, context=context)
 
 
@@ -74,14 +82,19 @@ def open_specs(
         UserError: holds every problem of the stage that found some.
     """
     raise_problems([*cache_problems(specs, cache), *mask_problems(specs, data)])
-    context = replace(context or ScanContext(), cache_dir=cache.cache_dir, latent_suffix=spec.latent_cache_suffix)
+    context = replace(
+        context or ScanContext(),
+        cache_dir=cache.cache_dir,
+        latent_suffix=spec.latent_cache_suffix,
+        latent_sized=spec.latent_cache_sized,
+    )
     found = scan_datasets(specs, data, context)
     cache = _with_existing_latents(specs, found, cache)
     catalogue = Catalogue(
         family=spec,
         specs=specs,
         table=found.table,
-        placements=place_all(found.table, [chooser.place for chooser in found.choosers]),
+        placements=_varied(found, place_all(found.table, [chooser.place for chooser in found.choosers]), specs),
         tokenizers=tokenizers,
         prior_loss_weight=data.prior_loss_weight,
         reading=Reading(exif_transpose=not data.no_exif_transpose, max_pixels=data.max_image_pixels),
@@ -100,6 +113,20 @@ def open_specs(
     for line in describe(opened):
         _log.info("%s", line)
     return opened
+
+
+def _varied(found: ScanResult, placements: Placements, specs: Sequence[DatasetSpec]) -> Placements:
+    """Send some images to buckets of any aspect ratio (`bucket_random_ratio`): always the same, by their names."""
+    if not any(spec.bucket_random_ratio for spec in specs):
+        return placements
+    table, varied = found.table, [placements[row] for row in range(len(placements))]
+    for row, (key, dataset) in enumerate(zip(table.keys(), table.datasets.tolist(), strict=True)):
+        sizes, chooser = specs[dataset].bucket_sizes, found.choosers[dataset]
+        if sizes and uniform(0, "random_bucket", key) < specs[dataset].bucket_random_ratio:
+            size = sizes[derive(0, "random_bucket", key, "size") % len(sizes)]
+            with suppress(UnusableSize):
+                varied[row] = chooser.place_in(table.size_wh(row), size)
+    return Placements.of(varied)
 
 
 def _with_existing_latents(specs: tuple[DatasetSpec, ...], found: ScanResult, cache: CacheOptions) -> CacheOptions:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from library.data.options_tars import SelectionOptions, ShardOptions
 from library.errors import Problem
 from library.option_groups import OptionGroup, opt
 from library.option_values import number_pair, resolution_text
@@ -23,7 +24,7 @@ _SHUFFLING = {"shuffle_caption": (), "token_warmup_step": (), "caption_tag_dropo
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetOptions(OptionGroup, title="data"):
+class DatasetOptions(ShardOptions, title="data"):
     """Where images come from and how they are put into batches."""
 
     dataset_config: str | None = opt(
@@ -186,7 +187,7 @@ class DatasetOptions(OptionGroup, title="data"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubsetOptions(OptionGroup, title="subset"):
+class SubsetOptions(SelectionOptions, title="subset"):
     """What may differ between subsets: captions and augmentation."""
 
     num_repeats: int = opt(
@@ -364,8 +365,12 @@ class CacheOptions(OptionGroup, title="cache", resume="free"):
     cache_dir: str | None = opt(
         None,
         path=True,
-        matters_when={"cache_latents_to_disk": (), "cache_text_encoder_outputs_to_disk": ()},
-        help="Folder for cache files. Default: beside the images.",
+        matters_when={
+            "cache_latents_to_disk": (),
+            "cache_text_encoder_outputs_to_disk": (),
+            "webdataset_path": (),
+        },
+        help="Folder for cache files. Default: beside the images; for images in tar files it must be given.",
     )
     cache_hash: bool = opt(
         False,

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from library import files
 from library.contracts import ImageRecord
 from library.data.array_file import pack_arrays, unpack_arrays
+from library.data.storage import holds_members, member_name
 
 _ENCODING_ERRORS = "surrogatepass"
 
@@ -169,15 +170,18 @@ class RecordTable:
 
     def key(self, row: int) -> str:
         """Return the name of the image that does not depend on where the data lie: `folder/file.png`."""
-        prefix = self.folders[self.columns.folders[row]][1]
+        folder, prefix = self.folders[self.columns.folders[row]]
         name = self.columns.names[row]
+        if holds_members(folder):
+            name = member_name(name)
         return f"{prefix}/{name}" if prefix else name
 
     def keys(self) -> Iterator[str]:
         """Yield the key of every row in order."""
         prefixes = [f"{key}/" if key else "" for _path, key in self.folders]
+        packed = [holds_members(path) for path, _key in self.folders]
         for folder, name in zip(self.columns.folders.tolist(), self.columns.names, strict=True):
-            yield prefixes[folder] + name
+            yield prefixes[folder] + (member_name(name) if packed[folder] else name)
 
     def caption(self, row: int) -> str:
         """Return the caption as it was read, before any processing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -21,8 +21,11 @@ from library.data.options import DatasetOptions
 from library.data.records import RecordTable
 from library.data.regularization import balanced_repeats
 from library.data.scan_notes import ScanNotes
+from library.data.selection import Selection
+from library.data.shard_scan import FactsOf, facts_beside, facts_in_metadata, read_shards, rows_of_shards, select_rows
 from library.data.split import validation_rows
 from library.data.subset_rows import SubsetRows, add_masks, rows_of_folder, rows_of_metadata
+from library.data.tar_index import ShardIndex
 from library.errors import Problem, UserError, raise_problems
 
 _log = logging.getLogger(__name__)
@@ -60,14 +63,18 @@ class ScanContext:
         cache_dir: Where index files go when an image folder cannot be written.
         report_dir: Where the complete list of bad files goes when it is too long to be shown.
         latent_suffix: Ending of latent cache files of the model family.
+        latent_sized: Their names tell the size of the image.
         tolerated_share: Of files that may be bad under `--skip_bad_files`.
+        run_batches: That the whole run takes, over all ranks; None where its length is counted in epochs.
     """
 
     seed: int = 0
     cache_dir: str | None = None
     report_dir: str | None = None
     latent_suffix: str = "_sd"
+    latent_sized: bool = True
     tolerated_share: float = TOLERATED_SHARE
+    run_batches: int | None = None
 
 
 def scan_datasets(specs: Sequence[DatasetSpec], data: DatasetOptions, context: ScanContext | None = None) -> ScanResult:
@@ -128,6 +135,7 @@ class _Scanner:
         self._folders: dict[tuple[str, FolderSettings], FolderScan] = {}
         self._metadata: dict[tuple[str, str | None], MetadataScan] = {}
         self._info: dict[tuple[str, FolderSettings], dict[str, Known]] = {}
+        self._shards: dict[tuple[str, ...], list[ShardIndex]] = {}
         self._told: set[int] = set()
 
     def read(self, specs: Sequence[DatasetSpec]) -> None:
@@ -165,13 +173,24 @@ class _Scanner:
         )
 
     def _read_subset(self, subset: SubsetSpec, problems: list[Problem]) -> None:
+        if subset.webdataset_path:
+            if subset.webdataset_path not in self._shards:
+                copies = self._data.webdataset_cache_dir
+                indexes = read_shards(subset, index_dir=self._context.cache_dir, copies=copies)
+                self._shards[subset.webdataset_path] = indexes
+            return
         if subset.metadata_file is not None:
             key = (subset.metadata_file, subset.image_dir)
             if key not in self._metadata:
                 settings = self._settings(subset, captions=False)
-                suffix = self._context.latent_suffix
-                trust = not self._exif
-                self._metadata[key] = scan_metadata(subset, settings, trust_sizes=trust, latent_suffix=suffix)
+                context = self._context
+                self._metadata[key] = scan_metadata(
+                    subset,
+                    settings,
+                    trust_sizes=not self._exif,
+                    latent_suffix=context.latent_suffix,
+                    latent_sized=context.latent_sized,
+                )
             return
         self._read_folder(subset.image_dir or "", self._settings(subset), subset.cache_info, problems)
         if subset.conditioning_data_dir is not None:
@@ -189,17 +208,28 @@ class _Scanner:
 
     def rows(self, spec: DatasetSpec, subset: SubsetSpec, notes: ScanNotes) -> SubsetRows:
         """Return the rows of a subset."""
+        if subset.webdataset_path:
+            indexes, pixels = self._shards[subset.webdataset_path], self._data.max_image_pixels
+            return rows_of_shards(subset, indexes, self._once(notes, indexes), exif=self._exif, max_pixels=pixels)
         if spec.kind == FINETUNING:
             found = self._metadata[subset.metadata_file or "", subset.image_dir]
-            return rows_of_metadata(subset, found, self._once(notes, found), exif=self._exif)
+            rows = rows_of_metadata(subset, found, self._once(notes, found), exif=self._exif)
+            return self._selected(rows, lambda: facts_in_metadata(subset.metadata_file or "", found))
         scan = self._folders[subset.image_dir or "", self._settings(subset)]
         rows = rows_of_folder(subset, scan, self._once(notes, scan), exif=self._exif)
+        rows = self._selected(rows, lambda: facts_beside(scan))
         if spec.kind == CONTROLNET:
             masks = self._folders[subset.conditioning_data_dir or "", self._settings(subset, captions=False)]
             add_masks(rows, masks, exif=self._exif, same_size=spec.enable_bucket)
         return rows
 
-    def _once(self, notes: ScanNotes, source: FolderScan | MetadataScan) -> ScanNotes:
+    def _selected(self, rows: SubsetRows, facts: Callable[[], FactsOf]) -> SubsetRows:
+        """Apply `dataset_filter` and `caption_field`; `facts()` gives what finds the JSON of an image."""
+        subset = rows.subset
+        selection = Selection(subset.dataset_filter, subset.caption_field, multiline=subset.enable_wildcard)
+        return rows if selection.idle else select_rows(rows, selection, facts())
+
+    def _once(self, notes: ScanNotes, source: FolderScan | MetadataScan | list[ShardIndex]) -> ScanNotes:
         """Return `notes` for the first use of a source, and a waste basket for further ones (other resolutions)."""
         first = id(source) not in self._told
         self._told.add(id(source))
@@ -211,7 +241,7 @@ class _Scanner:
         Caches of the oldest names were always used so. Of newer ones it is known what they hold; where buckets are
         asked for, those that the options describe count.
         """
-        if spec.kind != FINETUNING:
+        if spec.kind != FINETUNING or any(subset.webdataset_path for subset in spec.subsets):
             return BucketChooser(spec)
         found = [self._metadata[subset.metadata_file or "", subset.image_dir] for subset in spec.subsets]
         old = all(one.all_old for one in found)

@@ -17,6 +17,10 @@ _WORDS = {
     "ignored": "{n} files in image folders are of no supported image format and ignored",
     "other_size": "image_size in the metadata differs from the file for {n} images: the file is right",
     "only_cache": "{n} image files are gone: trained from their latent caches",
+    "no_text_member": "{n} samples in tar files have no caption: it is empty",
+    "no_picture": "{n} samples in tar files have no picture and are passed over",
+    "harmful": "{n} entries of tar files that could do harm are passed over",
+    "unused": "{n} entries of tar files are of no use here and passed over",
     "turned": "{n} images are turned upright as EXIF says (--no_exif_transpose leaves them as stored)",
 }
 

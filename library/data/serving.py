@@ -15,12 +15,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from library.contracts import Batch, BatchKey, FamilySpec, Placement, Sample, SampleKey, Tokenizer
+from library.contracts import Batch, BatchKey, ConditionMaker, FamilySpec, Placement, Sample, SampleKey, Tokenizer
 from library.data.augment import Augmentation, View, apply_view, choose_view, mask_of, normalise
 from library.data.buckets import sdxl_crop_top_left
 from library.data.cache_files import BrokenCache
 from library.data.cache_names import LatentNeed
 from library.data.captions import CaptionPipeline, Replacement
+from library.data.collation import collate
 from library.data.dataset_spec import DatasetSpec, SubsetSpec
 from library.data.images import MAX_IMAGE_PIXELS, BadImage, load_image
 from library.data.latent_store import LatentSource
@@ -103,8 +104,7 @@ class SubsetServing:
         pairs = [(spec, subset) for spec in specs for subset in spec.subsets]
         found = {}
         for spec, subset in pairs:
-            source = (subset.image_dir, subset.metadata_file)
-            alike = [other for _, other in pairs if (other.image_dir, other.metadata_file) == source]
+            alike = [other for _, other in pairs if other.source == subset.source]
             augmentation = Augmentation(
                 interpolation=subset.resize_interpolation or spec.resize_interpolation,
                 random_crop=subset.random_crop,
@@ -132,6 +132,8 @@ class Catalogue:
     texts: TextSource | None = None
     replacements: tuple[Replacement, ...] = ()
     """What is replaced in captions of training images, see `CaptionPipeline`."""
+    conditions: ConditionMaker | None = None
+    """What makes `Batch.control`, for methods that train on it."""
 
     @cached_property
     def subsets(self) -> dict[int, SubsetServing]:
@@ -191,13 +193,24 @@ class Catalogue:
         Raises:
             BadImage: the mask cannot be used.
         """
+        if self.conditions is not None and self.conditions.from_file:
+            return None
+        pixels = self.paired_picture(row, view)
+        return None if pixels is None else mask_of(pixels[:, :, 0])
+
+    def paired_picture(self, row: int, view: View) -> NDArray[np.uint8] | None:
+        """Return the mask or condition picture of a row, uint8 [H,W,3], with the geometry of `view`; None without one.
+
+        Raises:
+            BadImage: it cannot be used.
+        """
         path = self.table.mask_path(row)
         if path is None:
             return None
         orientation = None if self.reading.exif_transpose else 1
         pixels = load_image(path, orientation=orientation, max_pixels=self.reading.max_pixels)
         plain = View(view.placement, view.flipped)
-        return mask_of(apply_view(pixels, plain, self.of(row).augmentation.interpolation)[:, :, 0])
+        return apply_view(pixels, plain, self.of(row).augmentation.interpolation)[:, :, :3]
 
     def latent_need(self, row: int) -> LatentNeed:
         """Return what the latent cache must hold for a table row."""
@@ -274,6 +287,7 @@ class BatchDataset:
         catalogue = self.catalogue
         pixels: NDArray[np.float32] | None = None
         latents: NDArray[np.float32] | None = None
+        raw: NDArray[np.uint8] | None = None
         if catalogue.latents is None or catalogue.family.needs_pixels:
             view = catalogue.view(row, self.seed, key, fixed=catalogue.latents is not None)
             raw, mask = catalogue.pixels(row, view)
@@ -285,7 +299,26 @@ class BatchDataset:
             latents = cached.latents
             mask = cached.mask if cached.mask is not None else catalogue.mask_image(row, view)
         sample = self._described(row, key, view, self.caption(row, key))
-        return replace(sample, pixels=pixels, latents=latents, mask=mask)
+        control = self._condition(row, key, view, raw)
+        return replace(sample, pixels=pixels, latents=latents, mask=mask, control=control)
+
+    def _condition(
+        self, row: int, key: SampleKey, view: View, picture: NDArray[np.uint8] | None
+    ) -> NDArray[np.float32] | None:
+        """Return what a ControlNet looks at; `picture` is the one that is trained, where it has been read already."""
+        catalogue, maker = self.catalogue, self.catalogue.conditions
+        if maker is None:
+            return None
+        if maker.from_file:
+            picture = catalogue.paired_picture(row, view)
+        elif picture is None:
+            picture, _ = catalogue.pixels(row, view)
+        if picture is None:
+            raise BadImage(catalogue.table.path(row), "has no condition image")
+        made: NDArray[np.float32] = maker.prepare(
+            np.ascontiguousarray(picture), python_random(self.seed, "sample", key.epoch, key.position, "condition")
+        )
+        return made
 
     def _described(self, row: int, key: SampleKey, view: View, caption: str) -> Sample:
         """Return a sample with everything but arrays."""
@@ -327,51 +360,7 @@ class BatchDataset:
             sample.pixels = np.zeros((3, height, width), np.float32)
         if catalogue.latents is not None:
             sample.latents = np.zeros(catalogue.latent_need(row).shape, np.float32)
+        if catalogue.conditions is not None:
+            rng = python_random(self.seed, "sample", key.epoch, key.position, "condition")
+            sample.control = catalogue.conditions.prepare(np.zeros((height, width, 3), np.uint8), rng)
         return sample
-
-
-def collate(key: BatchKey, samples: Sequence[Sample]) -> Batch:
-    """Stack samples of one bucket. Masks are made of ones where only some samples have one."""
-    import torch
-
-    def stack(arrays: Sequence[Any]) -> Any:
-        return None if any(array is None for array in arrays) else torch.from_numpy(np.stack(arrays))
-
-    first = samples[0]
-    sizes = [
-        (*reversed(sample.original_size_wh), *sample.crop_top_left, *reversed(sample.target_size_wh))
-        for sample in samples
-    ]
-    texts = None
-    if first.text_arrays is not None:
-        texts = {name: stack([(sample.text_arrays or {})[name] for sample in samples]) for name in first.text_arrays}
-    weights = None
-    if all(sample.token_weights is not None for sample in samples) and first.token_weights:
-        weights = tuple(stack(column) for column in zip(*(s.token_weights or () for s in samples), strict=True))
-    return Batch(
-        key=key,
-        captions=tuple(sample.caption for sample in samples),
-        record_keys=tuple(sample.record_key for sample in samples),
-        loss_weight=torch.tensor([sample.loss_weight for sample in samples], dtype=torch.float32),
-        pixels=stack([sample.pixels for sample in samples]),
-        latents=stack([sample.latents for sample in samples]),
-        text_arrays=texts,
-        token_ids=tuple(stack(column) for column in zip(*(sample.token_ids for sample in samples), strict=True)),
-        token_weights=weights,
-        mask=_stack_masks(samples),
-        sizes_hw=torch.tensor(sizes, dtype=torch.int64),
-        network_multiplier=first.network_multiplier,
-        custom_attributes=tuple(sample.custom_attributes for sample in samples),
-        replaced=tuple(sample.replaced_because for sample in samples if sample.replaced_because),
-    )
-
-
-def _stack_masks(samples: Sequence[Sample]) -> Any:
-    import torch
-
-    if all(sample.mask is None for sample in samples):
-        return None
-    width, height = samples[0].target_size_wh
-    ones = np.ones((height, width), np.float32)
-    masks = np.stack([ones if sample.mask is None else sample.mask for sample in samples])
-    return torch.from_numpy(masks[:, None])

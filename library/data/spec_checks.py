@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from library.data.captions import CaptionPipeline
+from library.data.dataset_schema import PATH_KEYS
 from library.data.dataset_spec import DatasetSpec, SubsetSpec
 from library.data.options import CacheOptions, DatasetOptions
+from library.data.selection import selection_problems
 from library.errors import Problem
+from library.option_values import nearest
 
 _log = logging.getLogger(__name__)
 
@@ -21,6 +25,9 @@ def cache_problems(specs: Sequence[DatasetSpec], cache: CacheOptions) -> Iterato
         for subset, name in varying_captions(specs):
             what = f"{name} makes captions vary, so the text encoder's outputs cannot be kept"
             yield Problem(subset.label, what, f"Drop {name} or --cache_text_encoder_outputs.")
+    to_disk = cache.cache_latents_to_disk or cache.cache_text_encoder_outputs_to_disk
+    if to_disk and cache.cache_dir is None and any(subset.webdataset_path for spec in specs for subset in spec.subsets):
+        yield Problem("--cache_dir", "is needed: nothing can be kept beside images in tar files", "Name a folder.")
     if not (cache.cache_latents or cache.cache_latents_to_disk):
         return
     for subset in (subset for spec in specs for subset in spec.subsets):
@@ -52,3 +59,27 @@ def warn_of_unused_caches(cache: CacheOptions) -> None:
     for name in ("cache_latents", "cache_text_encoder_outputs"):
         if getattr(cache, name):
             _log.warning("--%s: has no effect on the batches of --dataset_class", name)
+
+
+def path_problems(subset: SubsetSpec, where: str) -> Iterator[Problem]:
+    """Yield folders and files that do not exist, with the resolved path and a near name, and unusable filters."""
+    yield from selection_problems(subset.dataset_filter, subset.caption_field, f"{where}: ")
+    for name in PATH_KEYS:
+        value = getattr(subset, name)
+        if value is None:
+            continue
+        path = Path(value)
+        exists = path.is_file() if name == "metadata_file" else path.is_dir()
+        if exists:
+            continue
+        what = "file" if name == "metadata_file" else "folder"
+        hint = f"Looked for {path.absolute()}."
+        near = _near_name(path)
+        yield Problem(where, f"{name} {value!r}: {what} not found", f"{hint} Did you mean {near!r}?" if near else hint)
+
+
+def _near_name(path: Path) -> str | None:
+    try:
+        return nearest(path.name, [entry.name for entry in path.absolute().parent.iterdir()])
+    except (OSError, ValueError):
+        return None

@@ -11,6 +11,8 @@ import os
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -50,6 +52,9 @@ class Locator:
         Raises:
             OSError: it is larger than `limit`, the tar file ends before it does, or cannot be read.
         """
+        held = _held.get(str(self))
+        if held is not None:
+            return held
         if self.size > limit:
             raise OSError(f"has {self.size >> 20} MiB, the limit is {limit >> 20} MiB")
         data = read_part(self.shard, self.offset, self.size)
@@ -64,6 +69,22 @@ class Locator:
             OSError: as `read`.
         """
         return io.BytesIO(self.read(limit))
+
+
+def holds_members(folder: str) -> bool:
+    """Tell whether a folder of a table is a tar file: its paths are those of members."""
+    return folder.endswith(MARK)
+
+
+def member_name(name: str) -> str:
+    """Return the name of a member without the place where it lies."""
+    return name.rpartition("@")[0] or name
+
+
+def exists(path: str | Path) -> bool:
+    """Tell whether there is a file of this path, or the tar file that a member is in; addresses are not looked at."""
+    locator = locator_of(path)
+    return Path(path).exists() if locator is None else is_remote(locator.shard) or Path(locator.shard).exists()
 
 
 def locator_of(path: str | Path) -> Locator | None:
@@ -151,6 +172,20 @@ class _OpenFiles:
 
 
 _open_files = _OpenFiles()
+
+
+_held: dict[str, bytes] = {}
+
+
+@contextmanager
+def holding(members: Mapping[str, bytes]) -> Iterator[None]:
+    """Read members, by their paths, from memory inside the block. For one thread at a time."""
+    _held.update(members)
+    try:
+        yield
+    finally:
+        for path in members:
+            _held.pop(path, None)
 
 
 def forget_open(path: str) -> None:

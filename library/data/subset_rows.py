@@ -49,7 +49,7 @@ def upright(headers: NDArray[np.int32], exif: bool) -> tuple[NDArray[np.int32], 
 
 
 @dataclass(slots=True)
-class _Source:
+class Source:
     """Columns of a table that come from files; the others follow from the subset."""
 
     names: TextColumn
@@ -61,7 +61,8 @@ class _Source:
     masks: tuple[int, TextColumn] | None = None
 
 
-def _table(source: _Source, subset: SubsetSpec, exif: bool) -> RecordTable:
+def table_of(source: Source, subset: SubsetSpec, exif: bool) -> RecordTable:
+    """Return the rows of a subset."""
     count = len(source.headers)
     widths, heights, orientations = upright(source.headers, exif)
     mask_folder, mask_names = source.masks or (-1, TextColumn.of([""] * count))
@@ -91,7 +92,7 @@ def _table(source: _Source, subset: SubsetSpec, exif: bool) -> RecordTable:
 def rows_of_folder(subset: SubsetSpec, scan: FolderScan, notes: ScanNotes, *, exif: bool) -> SubsetRows:
     """Return the rows of a subset that is a folder with caption files."""
     facts = scan.facts
-    source = _Source(
+    source = Source(
         names=TextColumn.of(facts.names),
         captions=_captions(facts, subset, notes),
         headers=facts.headers,
@@ -100,7 +101,7 @@ def rows_of_folder(subset: SubsetSpec, scan: FolderScan, notes: ScanNotes, *, ex
         folder_list=[(scan.folder, folder_key(scan.folder))],
     )
     _note_files(scan, subset.caption_extension, notes, exif)
-    return SubsetRows(subset, _table(source, subset, exif), list(scan.bad), scan.total)
+    return SubsetRows(subset, table_of(source, subset, exif), list(scan.bad), scan.total)
 
 
 def _captions(facts: FolderFacts, subset: SubsetSpec, notes: ScanNotes) -> TextColumn:
@@ -147,7 +148,7 @@ def rows_of_metadata(subset: SubsetSpec, scan: MetadataScan, notes: ScanNotes, *
         found.append(fact)
         places.append(place)
     captions = [place.entry.full_caption(subset.caption_separator, subset.enable_wildcard) for place in places]
-    source = _Source(
+    source = Source(
         names=TextColumn.of([place.name for place in places]),
         captions=TextColumn.of(captions),
         headers=np.array([header for header, _stats in found], np.int32).reshape(-1, 3),
@@ -162,7 +163,7 @@ def rows_of_metadata(subset: SubsetSpec, scan: MetadataScan, notes: ScanNotes, *
         if exif:
             turned = np.flatnonzero(result.facts.headers[:, 2] > 1)
             notes.add("turned", len(turned), (result.facts.names[row] for row in turned))
-    table = _table(source, subset, exif)
+    table = table_of(source, subset, exif)
     return SubsetRows(subset, table, bad, scan.total, _prepared(places, table) if scan.resolutions else {})
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from library.data.buckets import bucket_info
+from library.data.captions import readable
 
 if TYPE_CHECKING:
     from library.data.dataset import TrainingData
@@ -88,8 +89,8 @@ def describe(data: TrainingData) -> Iterator[str]:
 
 
 def folder_name(subset: SubsetSpec) -> str:
-    """Return the base name of a subset's folder or metadata file."""
-    return Path(subset.metadata_file or subset.image_dir or "").name
+    """Return the base name of a subset's folder or metadata file, or of its first tar file."""
+    return Path(subset.metadata_file or subset.image_dir or next(iter(subset.webdataset_path), "")).name
 
 
 def _folders(subsets: Iterable[SubsetSpec], counts: Any, *, reg: bool) -> dict[str, dict[str, int]]:
@@ -130,7 +131,7 @@ def _subset(subset: SubsetSpec, count: int) -> dict[str, Any]:
     if subset.metadata_file is not None:
         facts["metadata_file"] = Path(subset.metadata_file).name
     else:
-        facts["image_dir"] = Path(subset.image_dir or "").name
+        facts["image_dir"] = folder_name(subset)
         facts["class_tokens"] = subset.class_tokens
         facts["is_reg"] = subset.is_reg
     return facts
@@ -143,7 +144,8 @@ def _tag_frequency(data: TrainingData, spec: DatasetSpec) -> dict[str, dict[str,
     rows = zip(data.table.subsets.tolist(), data.table.captions(), strict=True)
     for subset, caption in rows:
         if subset in names:
-            counters[names[subset]].update(tag for part in caption.split(",") if (tag := part.strip().lower()))
+            parts = readable(caption).split(",")
+            counters[names[subset]].update(tag for part in parts if (tag := part.strip().lower()))
     return {name: dict(counter) for name, counter in counters.items()}
 
 
@@ -170,15 +172,20 @@ def fingerprint(data: TrainingData) -> dict[str, Any]:
         "repeats": f"{int(table.repeats.sum())} visits, {_digest((table.repeats.tobytes(), table.is_reg.tobytes()))}",
         "captions": _digest(table.captions()),
         "buckets": _digest(getattr(placements, name).tobytes() for name in ("bucket_wh", "resized_wh", "crop_xy")),
-        "data sets": _digest(repr(_without_paths(spec)) for spec in data.specs),
+        "data sets": settings_digest(data.specs),
         "batches per epoch": data.batch_count(),
         "validation images": 0 if data.validation is None else len(data.validation.table),
     }
 
 
+def settings_digest(specs: Iterable[DatasetSpec]) -> str:
+    """Return what changes when a setting of the data sets does that acts on training."""
+    return _digest(repr(_without_paths(spec)) for spec in specs)
+
+
 def _without_paths(spec: DatasetSpec) -> list[Any]:
     """Return the settings of a data set that act on training, without where the data lie."""
-    outside = {"image_dir", "metadata_file", "conditioning_data_dir", "cache_info", "index"}
+    outside = {"image_dir", "metadata_file", "webdataset_path", "conditioning_data_dir", "cache_info", "index"}
     facts: list[Any] = [spec.kind, spec.batch_size, spec.network_multiplier, spec.resize_interpolation]
     for subset in spec.subsets:
         values = {name: getattr(subset, name) for name in subset.__slots__ if name not in outside}

@@ -33,7 +33,7 @@ from library.errors import Problem, UserError, raise_problems
 
 _log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 _HINT = "Make it anew, for example with tools/make_webdataset.py."
 
 
@@ -82,6 +82,7 @@ class ShardIndex:
         headers: width, height, EXIF orientation of pictures as stored [m, 3]; 0 for everything else, and bad pictures.
         texts: content of text members [m].
         notes: what was left out and why, and damage.
+        kinds: of the notes, as in `skipped`.
         skipped: how many entries each note kind stands for; of notes only the first are kept.
     """
 
@@ -94,6 +95,7 @@ class ShardIndex:
     headers: NDArray[np.int32]
     texts: TextColumn
     notes: tuple[str, ...]
+    kinds: tuple[str, ...]
     skipped: dict[str, int]
 
     def __len__(self) -> int:
@@ -122,6 +124,13 @@ class ShardIndex:
     def _locator(self, row: int) -> Locator:
         offset, size = self.spans[row].tolist()
         return Locator(self.shard, self.names[row], offset, size)
+
+    @property
+    def mtime_ns(self) -> int:
+        """A number that changes when the file does: when it was changed, or a digest of what its server says."""
+        if not is_remote(self.shard):
+            return int(self.version[1].partition("/")[0])
+        return int.from_bytes(blake2b(self.version[1].encode(), digest_size=7).digest(), "big")
 
     def problems(self) -> list[BadFile]:
         """Return the notes as entries of a report, every line with the shard's name."""
@@ -233,6 +242,7 @@ def _made(shard: str, version: tuple[int, str], found: Found) -> ShardIndex:
         headers=np.array([member.header for member in members], np.int32).reshape(-1, 3),
         texts=TextColumn.of([member.text for member in members]),
         notes=tuple(found.notes),
+        kinds=tuple(found.kinds),
         skipped=dict(found.skipped),
     )
 
@@ -251,6 +261,7 @@ def _save(index: ShardIndex, paths: Sequence[Path]) -> None:
         "format": FORMAT,
         "version": index.version,
         "notes": index.notes,
+        "kinds": index.kinds,
         "skipped": index.skipped,
     }
     arrays = [(name, getattr(index, name)) for name in _COLUMNS]
@@ -288,6 +299,7 @@ def _loaded(path: Path, shard: str) -> ShardIndex | None:
             headers=arrays["headers"],
             texts=column("texts"),
             notes=tuple(header["notes"]),
+            kinds=tuple(header["kinds"]),
             skipped=dict(header["skipped"]),
         )
     except (NotAnArrayFile, KeyError, TypeError, ValueError) as error:
@@ -305,7 +317,8 @@ def _is_sound(index: ShardIndex) -> bool:
     if not all(array.shape == shape and array.dtype.kind == "i" for array, shape in shapes):
         return False
     inside = bool((index.spans >= 0).all() and (index.spans.sum(axis=1) <= index.version[0]).all())
-    return len(index.texts) == members and _ascends(index.starts, members) and inside
+    whole = len(index.texts) == members and len(index.kinds) == len(index.notes)
+    return whole and _ascends(index.starts, members) and inside
 
 
 def _reads(column: TextColumn) -> bool:

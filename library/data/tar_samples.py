@@ -34,10 +34,11 @@ class UsedMember:
 
 @dataclass(slots=True)
 class Found:
-    """Samples by key, each with its members by field; and what was passed over."""
+    """Samples by key, each with its members by field; and what was passed over: `kinds` has the kind of each note."""
 
     samples: dict[str, dict[str, UsedMember]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
 
     def note(self, kind: str, text: str) -> None:
@@ -45,6 +46,7 @@ class Found:
         self.skipped[kind] += 1
         if len(self.notes) < _MOST_NOTES:
             self.notes.append(text)
+            self.kinds.append(kind)
 
 
 def collect(shard: str, read_at: ReadAt, size: int) -> Found:
@@ -63,7 +65,7 @@ def collect(shard: str, read_at: ReadAt, size: int) -> Found:
     walk = TarWalk(read_at, size)
     last = ""
     for member in walk:
-        place = _place(member, found)
+        place = place_of(member, found)
         if place is None:
             continue
         last, name_field = place
@@ -71,7 +73,7 @@ def collect(shard: str, read_at: ReadAt, size: int) -> Found:
         if name_field in sample:
             found.note("duplicate", f"{printable(member.name)}: a second member of this name is passed over")
             continue
-        used = _used(shard, member, name_field.rpartition(".")[2], read_at, found)
+        used = used_member(shard, member, name_field.rpartition(".")[2], read_at, found)
         if used is not None:
             sample[name_field] = used
     if walk.cut_at is not None:
@@ -83,16 +85,17 @@ def collect(shard: str, read_at: ReadAt, size: int) -> Found:
 def _leave_out_cut(found: Found, walk: TarWalk, last: str) -> None:
     """Say that a file is damaged, and drop the sample that is incomplete, or the last one where it may be."""
     if walk.why in ("cut off", "damaged"):
-        place = None if walk.cut_member is None else _place(walk.cut_member, Found())
+        place = None if walk.cut_member is None else place_of(walk.cut_member, Found())
         found.samples.pop(last if place is None else place[0], None)
     kept = sum(bool(sample) for sample in found.samples.values())
     text = f"{walk.why} at byte {walk.cut_at}, {kept} samples used"
     found.skipped["damage"] += 1
     found.notes.insert(0, text)
+    found.kinds.insert(0, "damage")
 
 
-def _place(member: Member, found: Found) -> tuple[str, str] | None:
-    """Return the key of the sample and the field that a member belongs to, None when it is passed over."""
+def place_of(member: Member, found: Found) -> tuple[str, str] | None:
+    """Return the key of the sample and the field that a member belongs to, None when it is passed over (and noted)."""
     name = member.name
     if member.kind == FOLDER:
         return None
@@ -119,7 +122,12 @@ def _place(member: Member, found: Found) -> tuple[str, str] | None:
     return posixpath.join(folder, stem), fields.lower()
 
 
-def _used(shard: str, member: Member, suffix: str, read_at: ReadAt, found: Found) -> UsedMember | None:
+def used_member(shard: str, member: Member, suffix: str, read_at: ReadAt, found: Found) -> UsedMember | None:
+    """Return a member with its text or header; None when it cannot be used (and is noted).
+
+    Raises:
+        OSError: the tar file cannot be read.
+    """
     picture = suffix in PICTURE_SUFFIXES
     limit = MAX_MEMBER_BYTES if picture else MAX_TEXT_BYTES
     name = member.name.removeprefix("./")

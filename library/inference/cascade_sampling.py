@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from library.inference.cascade_samplers import SAMPLERS
 from library.inference.diffusion import UNWATCHED, Watch, initial_noise, repeated
 from library.inference.gdf import amplitudes, clean, log_snr, noise_condition, per_picture
 
@@ -16,7 +17,6 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 With guidance N is twice the number of pictures: first those with their condition, then those without."""
 
-SAMPLERS = ("ddpm", "ddim", "lcm")
 _ROUNDING = 1e-6
 """Of times in float32."""
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from library.inference.options import NetworkUseOptions
     from library.inference.prompts import PromptRequest
     from library.models.family import ModelFamily
+    from library.models.token_rows import TokenRows
 
 logger = logging.getLogger(__name__)
 
@@ -304,8 +305,8 @@ def read_embeddings(paths: Sequence[str]) -> dict[str, Embedding]:
     return found
 
 
-def load_embeddings(family: ModelFamily, embeddings: Mapping[str, Embedding]) -> None:
-    """Teach the model words: each file's name without suffix.
+def load_embeddings(family: ModelFamily, embeddings: Mapping[str, Embedding]) -> list[TokenRows]:
+    """Teach the model words, each file's name without suffix, and return their vectors.
 
     Raises:
         UserError: an embedding is for another model, or its word is known already.
@@ -313,9 +314,11 @@ def load_embeddings(family: ModelFamily, embeddings: Mapping[str, Embedding]) ->
     from library.models.token_rows import add_words, embedding_widths
 
     widths = embedding_widths(family)
+    added: list[TokenRows] = []
     for path, embedding in embeddings.items():
         where = f"--textual_inversion_embeddings {path}"
         word = Path(path).stem
         for rows in add_words(family, {word: embedding.rows_for(widths, where)}, where=where, may_hide=True):
-            rows.requires_grad_(False)
+            added.append(rows.requires_grad_(False))
         logger.info("%s: the word %s stands for %d vectors", path, word, embedding.count)
+    return added

@@ -67,7 +67,7 @@ def preparation(text: str) -> Prepare:
     raise UserError(f"{text!r} is not known", f"Write {known}, such as canny_63_191.", where=PREPARATIONS_OPTION)
 
 
-def guide_sets(pictures: Sequence[Sequence[Path]], nets: int) -> list[tuple[Path, ...]]:
+def guide_sets(pictures: Sequence[Sequence[Path]], nets: int, option: str = GUIDES) -> list[tuple[Path, ...]]:
     """Return the guide pictures of successive prompts, one for each of `nets` ControlNets.
 
     With as many sources (files or folders) as ControlNets, each has its own, whose pictures are taken in turn, from the
@@ -77,6 +77,7 @@ def guide_sets(pictures: Sequence[Sequence[Path]], nets: int) -> list[tuple[Path
     Args:
         pictures: the pictures of each source, in order.
         nets: number of ControlNets.
+        option: names the pictures in messages.
 
     Raises:
         UserError: the pictures cannot be shared out evenly.
@@ -89,5 +90,5 @@ def guide_sets(pictures: Sequence[Sequence[Path]], nets: int) -> list[tuple[Path
         return [(every[0],) * nets]
     if len(every) % nets:
         what = f"{len(every)} pictures cannot be shared out among {nets} ControlNets"
-        raise UserError(what, f"Give {nets} files or folders, one for each of --control_net_models.", where=GUIDES)
+        raise UserError(what, f"Give {nets} files or folders, one for each ControlNet.", where=option)
     return [tuple(every[start : start + nets]) for start in range(0, len(every), nets)]

@@ -58,7 +58,7 @@ class GenerationOptions(OptionSet):
             what = "is a mask of --image_path, or of the regions of --network_weights, and there is neither"
             yield Problem("--mask_path", what)
         yield from self._check_regions()
-        yield from _check_processes()
+        yield from check_processes()
 
     def _check_regions(self) -> Iterator[Problem]:
         """A network that is part of the model's weights acts everywhere."""
@@ -76,7 +76,7 @@ class GenerationOptions(OptionSet):
         return iter(check_writable_folder(self.files.outdir, f"--outdir {self.files.outdir}"))
 
 
-def _check_processes() -> Iterator[Problem]:
+def check_processes() -> Iterator[Problem]:
     """Each process would draw everything, all of them into the same files."""
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":

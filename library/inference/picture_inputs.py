@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,31 +31,70 @@ _GREY_SPREAD = 12
 """Channels of a grey pixel differ by no more than this, lossy compression included."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PictureFiles:
+    """Which pictures there are, by the options that name them.
+
+    Attributes:
+        images: picture or folder to start from.
+        masks: masks for these, or regions.
+        guides: pictures or folders for ControlNets.
+        nets: how many ControlNets there are.
+        networks: whether networks are ``attached``, whose regions a coloured mask may say, all ``merged``, or `""`.
+        images_option: names `images` in messages.
+        guides_option: names `guides`.
+        nets_option: names the ControlNets.
+    """
+
+    images: str | None = None
+    masks: str | None = None
+    guides: Sequence[str] = ()
+    nets: int = 0
+    networks: str = ""
+    images_option: str = "--image_path"
+    guides_option: str = "--guide_image_path"
+    nets_option: str = "--control_net_models"
+
+
+def named_files(opts: GenerationOptions) -> PictureFiles:
+    """Return the pictures that the options of gen_img.py name."""
+    networks = len(opts.networks.network_weights)
+    attached = networks > opts.networks.merged_count
+    return PictureFiles(
+        images=opts.images.image_path,
+        masks=opts.images.mask_path,
+        guides=opts.control.guide_image_path,
+        nets=len(opts.control.control_net_models),
+        networks="attached" if attached else "merged" if networks else "",
+    )
+
+
 class InputPictures:
-    """The pictures that `--image_path`, `--mask_path` and `--guide_image_path` name.
+    """The pictures that a run makes its own from.
 
     Args:
-        opts: of the script.
-        with_networks: whether networks are attached, whose regions a coloured mask may say.
+        files: what the options name.
 
     Raises:
         UserError: a folder holds no picture, or guides cannot be shared out.
     """
 
-    def __init__(self, opts: GenerationOptions, *, with_networks: bool) -> None:
+    def __init__(self, files: PictureFiles) -> None:
         self._own: dict[str, int] = {}
-        self._images = listed(opts.images.image_path)
-        self._masks = listed(opts.images.mask_path)
-        nets = len(opts.control.control_net_models)
-        guides = [listed(path) for path in opts.control.guide_image_path]
+        self._files = files
+        self._images = listed(files.images)
+        self._masks = listed(files.masks)
+        nets = files.nets
+        guides = [listed(path) for path in files.guides]
         if not guides and self._images:
             guides = [self._images] * nets  # what a prompt starts from is what all of them look at
-        self._guides = guide_sets(guides, nets) if nets else []
+        self._guides = guide_sets(guides, nets, files.guides_option) if nets else []
         if nets and not self._guides:
-            logger.warning("--control_net_models has no effect on prompts without --cn: there is no --guide_image_path")
+            what = "%s has no effect on prompts without --cn: there is no %s"
+            logger.warning(what, files.nets_option, files.guides_option)
         self._nets = nets
-        self._regional = bool(self._masks) and self._holds_regions(with_networks=with_networks)
-        if self._masks and opts.networks.network_weights and not with_networks and is_coloured(opened(self._masks[0])):
+        self._regional = bool(self._masks) and self._holds_regions(with_networks=files.networks == "attached")
+        if self._masks and files.networks == "merged" and is_coloured(opened(self._masks[0])):
             logger.warning("--mask_path is coloured, but merged networks have no regions: it says what is painted anew")
 
     def _holds_regions(self, *, with_networks: bool) -> bool:
@@ -68,6 +107,11 @@ class InputPictures:
         meaning = "regions of networks" if coloured else "what is painted anew"
         logger.info("--mask_path is %s, so it means %s", "coloured" if coloured else "grey", meaning)
         return coloured
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """The pictures to start from."""
+        return tuple(self._images)
 
     @property
     def regional(self) -> bool:
@@ -131,7 +175,9 @@ class InputPictures:
             found = read_prompt(path)
             if found is None:
                 what = "says nothing about a prompt"
-                raise UserError(what, "Give a prompt with --prompt or --from_file.", where=f"--image_path {path}")
+                raise UserError(
+                    what, "Give a prompt with --prompt or --from_file.", where=f"{self._files.images_option} {path}"
+                )
             self._own[str(path)] = number
             entries.append(PromptEntry(str(path), {"prompt": found[0], "negative_prompt": found[1]}))
         return entries

@@ -64,6 +64,7 @@ def request_texts(request: PromptRequest) -> dict[str, str]:
         "scale": request.scale,
         "negative-prompt": request.negative_prompt,
         "negative-scale": request.negative_scale,
+        "shift": request.shift,
         "clip-prompt": request.clip_prompt,
         "raw-prompt": request.raw_prompt if request.raw_prompt != request.prompt else "",
     }
@@ -78,6 +79,7 @@ def parameters_text(request: PromptRequest, size_wh: tuple[int, int], facts: Map
         "CFG scale": f"{request.scale:g}",
         "Seed": request.seed,
         "Size": f"{size_wh[0]}x{size_wh[1]}",
+        "Shift": None if request.shift is None else f"{request.shift:g}",
         "Denoising strength": None if request.strength is None else f"{request.strength:g}",
         **facts,
     }

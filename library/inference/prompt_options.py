@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from library.file_names import bad_file_name
+from library.inference.cascade_samplers import SAMPLERS
 from library.inference.samplers import SAMPLER_NAMES
 
 MAX_SIDE = 8192
@@ -206,10 +207,15 @@ def _unsharp(value: Any) -> str:
     return _unspaced(value)
 
 
-def _sampler(value: Any) -> str:
-    if not isinstance(value, str) or value.lower() not in SAMPLER_NAMES:
-        raise UnusableValue(f"one of {', '.join(SAMPLER_NAMES)}")
-    return value.lower()
+def _one_of(names: Sequence[str]) -> Callable[[Any], str]:
+    """Return a reader of one of these names, in any case."""
+
+    def read(value: Any) -> str:
+        if not isinstance(value, str) or value.lower() not in names:
+            raise UnusableValue(f"one of {', '.join(names)}")
+        return value.lower()
+
+    return read
 
 
 PROMPT_TEXT = PromptOption("", "prompt", _text, "prompt")
@@ -228,7 +234,7 @@ _SHARED: tuple[PromptOption, ...] = (
 
 _SHARED_REST: tuple[PromptOption, ...] = (
     PromptOption("l", "scale", _number, "scale"),
-    PromptOption("ss", "sample_sampler", _sampler, "sampler"),
+    PromptOption("ss", "sample_sampler", _one_of(SAMPLER_NAMES), "sampler"),
     PromptOption("cn", "controlnet_image", _text, "controlnet_image"),
     # For other kinds of models; accepted so that one prompt file serves several trainers.
     PromptOption("g", "guidance_scale", _number, None),
@@ -272,3 +278,29 @@ TRAINING_SAMPLES = Place(PROMPT_OPTIONS, _GENERATION_ONLY, "prompts of gen_img.p
 
 GENERATION = Place((*_SHARED, _SEEDS, *_SHARED_REST, *_GENERATION_ONLY))
 """Prompts of gen_img.py."""
+
+_CASCADE: tuple[PromptOption, ...] = (
+    *_SHARED,
+    PromptOption("l", "scale", _number, "scale"),
+    PromptOption("ss", "sample_sampler", _one_of(SAMPLERS), "sampler"),
+    PromptOption("t", "t_start", _from_to(0.001, 1), "strength"),
+    PromptOption("f", "shift", _from_to(0.01, 100), "shift"),
+    PromptOption("cn", "controlnet_image", _text, "controlnet_image"),
+)
+
+CASCADE_SAMPLES = Place(
+    (*_CASCADE, PromptOption("d", "seed", _seed, "seed")), _GENERATION_ONLY, "prompts of gen_img.py"
+)
+"""Prompts of the sample pictures of a Stable Cascade training run."""
+
+CASCADE_GENERATION = Place(
+    (
+        *_CASCADE,
+        _SEEDS,
+        PromptOption("am", "network_mul", _list_of(_number, "numbers separated by commas"), "multipliers"),
+        PromptOption("fn", "file_name", _file_name, "file_name"),
+    ),
+    _GENERATION_ONLY,
+    "prompts of gen_img.py",
+)
+"""Prompts of stable_cascade_gen_img.py, where `--f` is the shift."""

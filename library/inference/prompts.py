@@ -58,6 +58,7 @@ class PromptRequest:
         where: names that place in messages.
         negative_scale: scale of the negative prompt on its own; None: there is one scale.
         strength: how much of the picture to start from is painted anew, 0 to 1; None: the default.
+        shift: of the noise schedule, for models that have one; None: the default.
         clip_prompt: another prompt for CLIP.
         multipliers: strengths of the networks, the last one for all that follow; None: those of the command line.
         file_name: of the picture, without folder.
@@ -88,6 +89,7 @@ class PromptRequest:
     where: str = ""
     negative_scale: float | None = None
     strength: float | None = None
+    shift: float | None = None
     clip_prompt: str | None = None
     multipliers: tuple[float, ...] | None = None
     file_name: str | None = None
@@ -112,12 +114,20 @@ class PromptFile:
     notes: tuple[str, ...]
 
 
-def read_prompts(path: str | Path, *, default_sampler: str = "ddim") -> PromptFile:
+def read_prompts(
+    path: str | Path,
+    *,
+    default_sampler: str = "ddim",
+    defaults: PromptRequest | None = None,
+    place: Place = TRAINING_SAMPLES,
+) -> PromptFile:
     """Read the prompts of sample pictures from a file: `.txt`, `.toml` or `.json`, UTF-8.
 
     Args:
         path: the file.
-        default_sampler: sampler of prompts that name none.
+        default_sampler: sampler of prompts that name none, unless there are `defaults`.
+        defaults: what prompts leave open.
+        place: decides which options there are.
 
     Raises:
         UserError: the file cannot be read as a whole, or holds no usable prompt.
@@ -125,9 +135,9 @@ def read_prompts(path: str | Path, *, default_sampler: str = "ddim") -> PromptFi
     requests: list[PromptRequest] = []
     problems: list[Problem] = []
     notes: list[str] = []
-    defaults = PromptRequest(prompt="", sampler=default_sampler)
+    template = defaults if defaults is not None else PromptRequest(prompt="", sampler=default_sampler)
     for index, entry in enumerate(read_entries(Path(path))):
-        request, found = parse_entry(entry, replace(defaults, index=index), TRAINING_SAMPLES, notes)
+        request, found = parse_entry(entry, replace(template, index=index), place, notes)
         problems.extend(found)
         if not found:
             requests.append(request)
@@ -137,18 +147,27 @@ def read_prompts(path: str | Path, *, default_sampler: str = "ddim") -> PromptFi
     return PromptFile(tuple(requests), tuple(problems), tuple(notes))
 
 
-def load_prompts(path: str | Path, *, default_sampler: str = "ddim", strict: bool = True) -> list[PromptRequest]:
+def load_prompts(
+    path: str | Path,
+    *,
+    default_sampler: str = "ddim",
+    defaults: PromptRequest | None = None,
+    place: Place = TRAINING_SAMPLES,
+    strict: bool = True,
+) -> list[PromptRequest]:
     """Return all prompts of a file, as `read_prompts` reads them.
 
     Args:
         path: the file.
-        default_sampler: sampler of prompts that name none.
+        default_sampler: sampler of prompts that name none, unless there are `defaults`.
+        defaults: what prompts leave open.
+        place: decides which options there are.
         strict: refuse the file if any prompt is bad; otherwise bad prompts are left out with a warning each.
 
     Raises:
         UserError: as `read_prompts`, and (strict) when any prompt is bad; every problem is listed with its place.
     """
-    file = read_prompts(path, default_sampler=default_sampler)
+    file = read_prompts(path, default_sampler=default_sampler, defaults=defaults, place=place)
     if strict:
         raise_problems(file.problems)
     for note in file.notes:

@@ -9,7 +9,7 @@ from functools import partial, reduce
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from library.inference.diffusion import (
     UNWATCHED,
@@ -21,7 +21,6 @@ from library.inference.diffusion import (
     picture_generator,
 )
 from library.inference.extensions import (
-    NO_INPUTS,
     BatchContext,
     DenoiserInput,
     Extension,
@@ -31,6 +30,7 @@ from library.inference.extensions import (
     StepHooks,
 )
 from library.inference.prompt_text import PromptEncoder, TokenizedPrompt
+from library.inference.rendering import alike, batches, device_of, filled, on_device, to_picture
 from library.inference.samplers import make_scheduler
 
 if TYPE_CHECKING:
@@ -39,10 +39,6 @@ if TYPE_CHECKING:
     from library.contracts import Condition
     from library.inference.prompts import PromptRequest
     from library.models.family import ModelFamily
-
-
-class NotFinite(Exception):
-    """A picture came out with values that are not numbers, even when it was decoded in float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,10 +166,10 @@ class DiffusionRenderer:
         encoder = self._encoder = self._encoder or PromptEncoder(self.family)
         jobs = [
             self._job(encoder, place, request, given)
-            for place, (request, given) in enumerate(zip(requests, _filled(inputs, len(requests)), strict=True))
+            for place, (request, given) in enumerate(zip(requests, filled(inputs, len(requests)), strict=True))
         ]
         latents: dict[int, Tensor] = {}
-        for batch in _batches(jobs, self.settings.batch_size):
+        for batch in batches(jobs, self.settings.batch_size):
             for job, picture in zip(batch, self._latents(batch, encoder, watch), strict=True):
                 latents[job.place] = picture
         return [latents[place] for place in range(len(jobs))]
@@ -186,8 +182,8 @@ class DiffusionRenderer:
             NotFinite: the VAE produced values that are not numbers.
         """
         pictures: list[Image] = []
-        for group in _alike(latents, self.settings.vae_batch):
-            pictures.extend(_picture(pixels) for pixels in self.family.decode(torch.stack(group)).float())
+        for group in alike(latents, self.settings.vae_batch):
+            pictures.extend(to_picture(pixels) for pixels in self.family.decode(torch.stack(group)).float())
         return pictures
 
     def finish(
@@ -198,7 +194,7 @@ class DiffusionRenderer:
     ) -> list[Image]:
         """Return decoded pictures with what extensions do to them at the end."""
         finished = []
-        for request, given, picture in zip(requests, _filled(inputs, len(requests)), pictures, strict=True):
+        for request, given, picture in zip(requests, filled(inputs, len(requests)), pictures, strict=True):
             for extension in self._extensions:
                 picture = extension.finish(request, given, picture)
             finished.append(picture)
@@ -222,7 +218,7 @@ class DiffusionRenderer:
         )
 
     def _latents(self, batch: Sequence[_Job], encoder: PromptEncoder, watch: Watch) -> Tensor:
-        device = _device_of(self.family.denoiser)
+        device = device_of(self.family.denoiser)
         guided = self._guided(batch, encoder, device)
         context = self._context(batch, encoder, device, len(guided.branches))
         with ExitStack() as stack:
@@ -249,7 +245,7 @@ class DiffusionRenderer:
 
     @contextmanager
     def _encoding(self, device: torch.device) -> Iterator[None]:
-        with self._autocast(), _on_device(self.family.text_encoders, device):
+        with self._autocast(), on_device(self.family.text_encoders, device):
             yield
 
     def _context(
@@ -296,57 +292,3 @@ class DiffusionRenderer:
 def _noise(batch: BatchContext) -> Tensor:
     """Return what a picture starts from that is made from nothing."""
     return initial_noise(batch.generators, batch.latent_shape, batch.device) * batch.scheduler.init_noise_sigma
-
-
-def _filled(inputs: Sequence[PictureInputs] | None, count: int) -> Sequence[PictureInputs]:
-    return [NO_INPUTS] * count if inputs is None else inputs
-
-
-def _batches(jobs: Sequence[_Job], size: int) -> Iterator[list[_Job]]:
-    groups: dict[tuple[object, ...], list[_Job]] = {}
-    for job in jobs:
-        groups.setdefault(job.batch_key, []).append(job)
-    for group in groups.values():
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
-
-
-def _alike(latents: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
-    """Cut a sequence into runs of at most `size` tensors of one shape."""
-    group: list[Tensor] = []
-    for picture in latents:
-        if group and (len(group) >= size or picture.shape != group[0].shape):
-            yield group
-            group = []
-        group.append(picture)
-    if group:
-        yield group
-
-
-def _picture(pixels: Tensor) -> Image:
-    """Turn pixels [3,H,W] in [-1,1] into a picture."""
-    from PIL import Image
-
-    if not bool(torch.isfinite(pixels).all()):
-        raise NotFinite("the picture holds values that are not numbers")
-    levels = (pixels / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).mul(255).round()
-    return Image.fromarray(levels.to(device="cpu", dtype=torch.uint8).numpy())
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
-
-
-@contextmanager
-def _on_device(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Move modules to `device` and, afterwards, back to where they were."""
-    homes = [_device_of(module) for module in modules]
-    try:
-        for module, home in zip(modules, homes, strict=True):
-            if home != device:
-                module.to(device)
-        yield
-    finally:
-        for module, home in zip(modules, homes, strict=True):
-            if home != device:
-                module.to(home)

@@ -56,6 +56,8 @@ class ModelFamily(Protocol):
 
     spec: FamilySpec
     tokenizers: tuple[ClipTokenizer, ...]
+    saved_beside: tuple[str, ...]
+    """Endings of the names of files that `save` writes beside the model's."""
 
     @property
     def denoiser(self) -> nn.Module:

@@ -77,6 +77,25 @@ class ModelOptions(OptionGroup, title="model"):
         False, resume="free", help="Load a model although some of its weights are not numbers (for research)."
     )
 
+    @property
+    def main_path(self) -> str | None:
+        """File, folder or id of the model that is trained."""
+        return self.pretrained_model_name_or_path
+
+    def missing(self) -> Iterator[Problem]:
+        """Yield which files a run cannot do without."""
+        if not self.main_path:
+            hint = "Give a .safetensors or .ckpt file, a Diffusers folder or a Hugging Face id."
+            yield Problem("--pretrained_model_name_or_path", "is required", hint)
+
+    def files(self) -> dict[str, str | None]:
+        """Return files, folders and ids of Hugging Face by the option that names them."""
+        return {"--pretrained_model_name_or_path": self.main_path, "--vae": self.vae}
+
+    def base_files(self) -> dict[str, str]:
+        """Return what frozen weights come from, by name; the model itself is called ""."""
+        return {"": str(self.main_path)} | ({"vae": self.vae} if self.vae else {})
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions(OptionGroup, title="text"):

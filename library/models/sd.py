@@ -44,6 +44,8 @@ _COUNT = "token_count"
 class StableDiffusion:
     """The model family of SD 1.x and 2.x; see `library.models.family.ModelFamily`."""
 
+    saved_beside: tuple[str, ...] = ()
+
     def __init__(
         self,
         spec: FamilySpec,

@@ -52,6 +52,57 @@ class TokenRows(nn.Module):
         embedding.forward = forward
 
 
+class ChangedRows(nn.Module):
+    """Vectors of any ids, known or new, spliced into what a token embedding returns: what they were, and a change.
+
+    Only the change is a parameter, float32 and zero at first, so weight decay draws a vector back to where it began.
+    Every row gets a gradient in every backward pass through the encoder.
+
+    Args:
+        ids: of the rows, each once; those behind the table are new.
+        first: [n,d] what the rows are without the change.
+    """
+
+    first: Tensor
+    places: Tensor
+
+    def __init__(self, ids: Sequence[int], first: Tensor) -> None:
+        super().__init__()
+        self.ids = tuple(ids)
+        self.change = nn.Parameter(torch.zeros_like(first, dtype=torch.float32))
+        places = torch.full((max(self.ids, default=0) + 1,), -1, device=first.device)
+        places[list(self.ids)] = torch.arange(len(self.ids), device=first.device)
+        # Found anew in the model whenever a run begins, so they are no part of its state.
+        self.register_buffer("first", first.detach().float().clone(), persistent=False)
+        self.register_buffer("places", places, persistent=False)
+
+    def values(self) -> Tensor:
+        """Return the vectors [n,d] as they are now."""
+        return self.first + self.change
+
+    @torch.no_grad()
+    def load_changes(self, changes: Mapping[int, Tensor]) -> None:
+        """Set the changes [d] of some rows, by id."""
+        for number, change in changes.items():
+            self.change[self.ids.index(number)] = change.to(self.change)
+
+    def forward(self, ids: Tensor, known: Tensor) -> Tensor:
+        """Return `known` [...,d], what the table has for the ids [...], with the vectors of these rows put in."""
+        places = self.places[ids.clamp(max=len(self.places) - 1)]
+        places = torch.where(ids < len(self.places), places, -1)
+        new = nn.functional.embedding(places.clamp(min=0), self.values())
+        return torch.where((places >= 0).unsqueeze(-1), new.to(known.dtype), known)
+
+    def attach(self, embedding: nn.Module) -> None:
+        """Let an embedding use these rows in place of its own, and beside them."""
+        look_up, size = embedding.forward, len(embedding.get_parameter("weight"))
+
+        def forward(input: Tensor) -> Tensor:  # noqa: A002 - the name that callers may use
+            return self(input, look_up(input.clamp(max=size - 1)))
+
+        embedding.forward = forward
+
+
 def input_embedding(encoder: Any) -> nn.Embedding:
     """Return the token embedding of a text encoder."""
     return encoder.get_input_embeddings()

@@ -52,6 +52,7 @@ class ClipTokenizer:
         pad: fill up to the full length with the pad token. Without, the row keeps its length of 77 so that rows can be
             stacked, but what follows the end token is `NO_TOKEN`, and the encoder cuts a batch to its longest caption.
         words: further words and how many tokens each of them stands for, with the ids from 49408 on; see `with_words`.
+        any_case: those of them that are found whatever letters of theirs are capitals.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class ClipTokenizer:
         weighted: bool = False,
         pad: bool = True,
         words: Mapping[str, int] | None = None,
+        any_case: Iterable[str] = (),
     ) -> None:
         if not pad and max_token_length is not None:
             raise UserError(
@@ -74,18 +76,23 @@ class ClipTokenizer:
         self.weighted = weighted
         self.pad = pad
         self.words = dict(words or {})
+        self.any_case = frozenset(any_case)
         self.length = CHUNK if max_token_length is None else max_token_length + 2
         self._special: dict[str, tuple[int, ...]] = {START: (START_ID,), END: (END_ID,)}
         if spec.pad_text is not None:
             self._special[spec.pad_text] = (spec.pad_id,)
         self._shields: dict[str, str] = {}
+        self._folded: dict[str, tuple[int, ...]] = {}
         for word, ids in _word_table(self.words):
             self._special[word] = ids
+            if word in self.any_case:
+                self._folded[word.lower()] = ids
             if _SYNTAX.search(word):
                 self._shields[word] = chr(_PRIVATE + len(self._shields))
                 self._special[self._shields[word]] = ids
         known = {word: count for word, count in self.words.items() if self.is_word(word.lower())}
-        self._splitter = _splitter(self._special, alone={name for name, _ in _word_table(known)})
+        alone = {name for name, _ in _word_table(known)}
+        self._splitter = _splitter(self._special, alone=alone, any_case=self.any_case)
 
     @property
     def chunks(self) -> int:
@@ -99,10 +106,15 @@ class ClipTokenizer:
 
     def for_prompts(self, max_token_length: int | None, *, weighted: bool) -> ClipTokenizer:
         """Return a tokenizer for prompts: the same vocabulary and added words, always padded."""
-        return ClipTokenizer(self.spec, max_token_length, weighted=weighted, words=self.words)
+        return ClipTokenizer(self.spec, max_token_length, weighted=weighted, words=self.words, any_case=self.any_case)
 
     def with_words(
-        self, words: Mapping[str, int], *, where: str = "--token_string", may_hide: bool = False
+        self,
+        words: Mapping[str, int],
+        *,
+        where: str = "--token_string",
+        may_hide: bool = False,
+        any_case: bool = False,
     ) -> ClipTokenizer:
         """Return a tokenizer that knows further words, after the added words of this one.
 
@@ -115,6 +127,7 @@ class ClipTokenizer:
             words: word to number of tokens, at least 1.
             where: what gave the words, for messages.
             may_hide: a word may be one that CLIP's vocabulary has, which is then not to be had any more.
+            any_case: capital letters do not count.
 
         Raises:
             UserError: a word, or the name of one of its tokens, is known already, is blank, or begins or ends with a
@@ -132,7 +145,12 @@ class ClipTokenizer:
                     raise UserError(_known(word, token), "Choose another word that no language has.", where=where)
                 known.add(token)
         return ClipTokenizer(
-            self.spec, self.max_token_length, weighted=self.weighted, pad=self.pad, words={**self.words, **words}
+            self.spec,
+            self.max_token_length,
+            weighted=self.weighted,
+            pad=self.pad,
+            words={**self.words, **words},
+            any_case=self.any_case.union(words if any_case else ()),
         )
 
     def is_word(self, text: str) -> bool:
@@ -144,6 +162,8 @@ class ClipTokenizer:
         ids: list[int] = []
         for piece in self._splitter.split(text):
             special = self._special.get(piece)
+            if special is None and self._folded:
+                special = self._folded.get(piece.lower())
             if special is not None:
                 ids.extend(special)
             elif piece:
@@ -159,7 +179,7 @@ class ClipTokenizer:
         pieces = [(text, 1.0)]
         if self.weighted:
             for word, shield in self._shields.items():
-                text = text.replace(word, shield)
+                text = re.sub(re.escape(word), shield, text, flags=re.IGNORECASE if word in self.any_case else 0)
             pieces = parse_attention(text)
         parts: list[tuple[list[int], list[float]]] = [([], [])]
         for piece, weight in pieces:
@@ -214,7 +234,9 @@ class ClipTokenizer:
         return f"ClipTokenizer({self.spec.name!r}, {self.max_token_length}, weighted={self.weighted}, pad={self.pad})"
 
     def _identity(self) -> tuple[Any, ...]:
-        return (self.spec, self.max_token_length, self.weighted, self.pad, tuple(self.words.items()))
+        return (
+            self.spec, self.max_token_length, self.weighted, self.pad, tuple(self.words.items()), self.any_case
+        )  # fmt: skip
 
 
 def tokenizers_for(spec: FamilySpec, text: TextOptions) -> tuple[ClipTokenizer, ...]:
@@ -254,13 +276,14 @@ def _known(word: str, token: str) -> str:
     return f"the name {token!r} of one of the tokens of {word!r} is already in the vocabulary"
 
 
-def _splitter(special: Iterable[str], *, alone: Container[str]) -> re.Pattern[str]:
+def _splitter(special: Iterable[str], *, alone: Container[str], any_case: Container[str]) -> re.Pattern[str]:
     """Return what finds special pieces of a text; those in `alone` only where no letter or digit touches them."""
-    longest_first = sorted(special, key=len, reverse=True)
-    pieces = (
-        rf"(?<![^\W_]){re.escape(piece)}(?![^\W_])" if piece in alone else re.escape(piece) for piece in longest_first
-    )
-    return re.compile("(" + "|".join(pieces) + ")")
+
+    def pattern(piece: str) -> str:
+        found = f"(?i:{re.escape(piece)})" if piece in any_case else re.escape(piece)
+        return rf"(?<![^\W_]){found}(?![^\W_])" if piece in alone else found
+
+    return re.compile("(" + "|".join(map(pattern, sorted(special, key=len, reverse=True))) + ")")
 
 
 def _clean(text: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from library.data.bad_files import BadFile
 from library.data.cache_files import READ_ONLY_FOLDER, CacheFolders
@@ -25,16 +25,48 @@ from library.training.text_caching import cache_texts
 if TYPE_CHECKING:
     from library.contracts import FamilySpec
     from library.data.dataset import TrainingData
-    from library.models.family import ModelFamily
+    from library.data.options import CacheOptions
+    from library.models.family import ModelFamily, WeightPlan
     from library.training.options_cache import CachingOptions
 
 Work = Callable[[Processes, "ModelFamily", "TrainingData"], JobReport]
 Value = TypeVar("Value")
 
+
+class LoadedFamily(Protocol):
+    """A class of model families."""
+
+    @classmethod
+    def load(cls, model: Any, text: Any, memory: Any, *, spec: FamilySpec, weights: WeightPlan) -> Any:
+        """Return the model that options name."""
+
+
 SHARED_FILE = "another image uses the same file"
 
 
-def run_cache_tool(opts: CachingOptions, spec: FamilySpec, work: Work, *, unused: tuple[str, ...]) -> None:
+def latents_only(cache: CacheOptions) -> CacheOptions:
+    """Return options of caches with which latents are kept on disk, and nothing else is cached."""
+    return replace(
+        cache,
+        cache_latents_to_disk=True,
+        cache_text_encoder_outputs=False,
+        cache_text_encoder_outputs_to_disk=False,
+    )
+
+
+def texts_only(cache: CacheOptions) -> CacheOptions:
+    """Return options of caches with which text encoder outputs are kept on disk, and nothing else is cached."""
+    return replace(cache, cache_text_encoder_outputs_to_disk=True, cache_latents=False, cache_latents_to_disk=False)
+
+
+def run_cache_tool(
+    opts: CachingOptions,
+    spec: FamilySpec,
+    work: Work,
+    *,
+    unused: tuple[str, ...],
+    family_class: type[LoadedFamily] = StableDiffusion,
+) -> None:
     """Open the data and the model, do `work` in all processes, and report; with `--debug_dataset` only report the data.
 
     Args:
@@ -42,6 +74,7 @@ def run_cache_tool(opts: CachingOptions, spec: FamilySpec, work: Work, *, unused
         spec: of the model family.
         work: `cache_latent_files` or `cache_text_files`.
         unused: parts of the model that `work` does not need.
+        family_class: loads the model.
 
     Raises:
         UserError: something is wrong with options, data or model, or nothing at all could be done.
@@ -54,7 +87,7 @@ def run_cache_tool(opts: CachingOptions, spec: FamilySpec, work: Work, *, unused
         return
     # Pictures kept apart for validation are few, and training encodes them.
     data.validation = None
-    fill(opts, spec, data, work, unused=unused)
+    fill(opts, spec, data, work, unused=unused, family_class=family_class)
 
 
 def fill(
@@ -64,6 +97,7 @@ def fill(
     work: Work,
     *,
     unused: tuple[str, ...],
+    family_class: type[LoadedFamily] = StableDiffusion,
     then: Callable[[JobReport], None] | None = None,
 ) -> None:
     """Load the model, do `work` in all processes, and report.
@@ -74,6 +108,7 @@ def fill(
         data: to be cached.
         work: `cache_latent_files` or `cache_text_files`.
         unused: parts of the model that `work` does not need.
+        family_class: loads the model.
         then: what the first process does with the result before it is told.
 
     Raises:
@@ -81,7 +116,7 @@ def fill(
     """
     with Processes(opts) as run:
         plan = run.weight_plan((), unused=unused)
-        family = StableDiffusion.load(opts.model, opts.text, opts.memory, spec=spec, weights=plan)
+        family = family_class.load(opts.model, opts.text, opts.memory, spec=spec, weights=plan)
         report = work(run, family, data)
         report.failed = [*bad_files(data), *report.failed]
         if then is not None and run.is_main:

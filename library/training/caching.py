@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from library.data.bad_files import SHOWN, printable
 from library.data.metadata_scan import MISSING_SUFFIX
+from library.data.storage import exists
 from library.draws import normal_rows
 from library.errors import Problem, UserError
 from library.randomness import derive
@@ -109,7 +109,7 @@ def _require_pictures(data: TrainingData, plan: LatentPlan) -> None:
         UserError: names the first of them.
     """
     paths = [data.table.path(row) for row in plan.missing.tolist()]
-    gone = [(path, why) for path, why in zip(paths, plan.why, strict=True) if not Path(path).exists()]
+    gone = [(path, why) for path, why in zip(paths, plan.why, strict=True) if not exists(path)]
     if gone:
         hint = "Give the options that they were made with, or bring it back."
         problems = [

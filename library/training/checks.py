@@ -93,7 +93,7 @@ def _warn_of_little_space(options: TrainingOptions) -> None:
     """A saved model is about as large as the file that it came from; a state about four times (weights, moments)."""
     from library.files import format_bytes, free_bytes
 
-    source = Path(options.model.pretrained_model_name_or_path or "")
+    source = Path(options.model.main_path or "")
     if not source.is_file() or not options.save.output_dir:
         return
     size = source.stat().st_size
@@ -108,12 +108,10 @@ def _missing(options: TrainingOptions) -> Iterator[Problem]:
     """Yield one problem for each option that a run cannot do without; a data set report needs only the data."""
     data = options.data
     if not data.debug_dataset:
-        if not options.model.pretrained_model_name_or_path:
-            hint = "Give a .safetensors or .ckpt file, a Diffusers folder or a Hugging Face id."
-            yield Problem("--pretrained_model_name_or_path", "is required", hint)
+        yield from options.model.missing()
         if not options.save.output_dir:
             yield Problem("--output_dir", "is required", "Give the folder for models and sample images.")
-    if not (data.dataset_config or data.train_data_dir or data.in_json or data.dataset_class):
+    if not (data.dataset_config or data.train_data_dir or data.in_json or data.webdataset_path or data.dataset_class):
         yield Problem("--train_data_dir", "no training data named", "Give --train_data_dir or --dataset_config.")
     if not (data.dataset_config or data.resolution):
         yield Problem("--resolution", "is required", "Give a size, such as --resolution 512.")
@@ -146,8 +144,8 @@ def _data_paths(options: TrainingOptions) -> Iterator[Problem]:
 
 
 def _model_paths(options: TrainingOptions) -> Iterator[Problem]:
-    yield from _model_file("--pretrained_model_name_or_path", options.model.pretrained_model_name_or_path)
-    yield from _model_file("--vae", options.model.vae)
+    for option, name in options.model.files().items():
+        yield from _model_file(option, name)
 
 
 def must_exist(option: str, name: str | None, *, folder: bool = False) -> Iterator[Problem]:

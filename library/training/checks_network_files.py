@@ -57,7 +57,7 @@ def value_problems(options: NetworkTrainingOptions) -> Iterator[Problem]:
 
     for option, name in named_files(options.network):
         try:
-            read_lora(name, base=_family(options))
+            read_lora(name, base=options.family_name)
         except UserError as error:
             yield from _named(option, error)
 
@@ -67,17 +67,13 @@ def _unfit(options: NetworkTrainingOptions, option: str, name: str) -> Iterator[
 
     try:
         info = inspect_lora(name)
-        require_base(info, _family(options), option)
+        require_base(info, options.family_name, option)
         require_layers(info, option)
     except UserError as error:
         yield from _named(option, error)
         return
     if option == "--network_weights":
         yield from _of_another_network(options.network, info)
-
-
-def _family(options: NetworkTrainingOptions) -> str:
-    return "sd2" if options.model.v2 else "sd1"
 
 
 def _named(option: str, error: UserError) -> Iterator[Problem]:

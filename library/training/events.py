@@ -153,7 +153,8 @@ class Wandb:
             os.environ["WANDB_DIR"] = str(place.path(log))
         if log.wandb_api_key:
             wandb.login(key=log.wandb_api_key)
-        arguments: dict[str, Any] = {"name": log.wandb_run_name, "id": place.wandb_id, "resume": "allow"} | dict(config)
+        arguments: dict[str, Any] = {"name": log.wandb_run_name, "id": place.wandb_id, "resume": "allow"}
+        arguments |= ({"entity": log.entity} if log.entity else {}) | dict(config)
         self._run = wandb.init(project=place.name, config=dict(hparams), **arguments)
 
     @property

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 _SHOWN = 5
 
 
-def save_network(network: Any, target: Path, precision: torch.dtype | None, metadata: Mapping[str, str]) -> Path:
+def save_network(
+    network: Any,
+    target: Path,
+    precision: torch.dtype | None,
+    metadata: Mapping[str, str],
+    *,
+    extra: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Write a network by its own method, and see to it that the file appears complete, with its hashes, or not at all.
 
     Args:
@@ -27,8 +34,9 @@ def save_network(network: Any, target: Path, precision: torch.dtype | None, meta
         target: the final name; its suffix decides the format.
         precision: type of the values; None: as they are.
         metadata: strings for the header.
+        extra: further tensors of the file, in types of their own.
     """
-    if getattr(network, "saves_whole_files", False):
+    if extra is None and getattr(network, "saves_whole_files", False):
         network.save_weights(str(target), precision, dict(metadata))
         return target
     from library.checkpoints.tensor_files import MappedTensors
@@ -41,7 +49,7 @@ def save_network(network: Any, target: Path, precision: torch.dtype | None, meta
         network.save_weights(str(raw), precision, dict(metadata))
         tensors = _written(network, raw)
         header = tensors.header.metadata if isinstance(tensors, MappedTensors) else {}
-        return write_lora(target, tensors, {**metadata, **header})
+        return write_lora(target, {**tensors, **(extra or {})}, {**metadata, **header})
     finally:
         remove_tree(folder)
 

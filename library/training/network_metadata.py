@@ -143,7 +143,8 @@ def network_metadata(
         length: of the run.
         seed: that the run uses, whether given or not.
     """
-    facts = metadata_values(opts)
+    # Families without that option have nothing to say about it, but readers look for the entry.
+    facts = {"ss_v2": "False", **metadata_values(opts)}
     in_config = opts.data.dataset_config is not None
     if in_config:
         facts = {key: value for key, value in facts.items() if key not in _OF_ONE_DATASET}
@@ -163,7 +164,7 @@ def network_metadata(
     }
     hashes = None
     if not opts.network.no_metadata:
-        hashes = BaseHashes(opts.model.pretrained_model_name_or_path or "", opts.model.vae)
+        hashes = BaseHashes(opts.model.main_path or "", opts.model.vae)
     return NetworkMetadata(opts, family, facts, length, largest_resolution(data), hashes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -17,7 +18,14 @@ if TYPE_CHECKING:
     from library.data.captions import Replacement
     from library.data.dataset import TrainingData
     from library.models.tokenizer import ClipTokenizer
-    from library.training.options import TrainingOptions
+    from library.training.options import LengthOptions, TrainingOptions
+
+
+def _batches_of_run(length: LengthOptions) -> int | None:
+    """Return how many batches all processes together take, None when epochs are counted."""
+    if length.max_train_epochs:
+        return None
+    return length.max_train_steps * length.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def open_training_data(
@@ -28,6 +36,7 @@ def open_training_data(
     *,
     replacements: Sequence[Replacement] = (),
     tolerated_share: float = TOLERATED_SHARE,
+    conditions: bool = False,
 ) -> TrainingData | None:
     """Find the images of a run; with `--debug_dataset` write the report instead and return None. No model is needed.
 
@@ -38,6 +47,7 @@ def open_training_data(
         tokenizers: one per text encoder; None: those of the family.
         replacements: what is replaced in the captions of all images but regularization images.
         tolerated_share: of files that may be bad under `--skip_bad_files`.
+        conditions: pictures of `controlnet` data sets are what a ControlNet looks at, not masks.
 
     Raises:
         UserError: holds every problem of the stage that found some.
@@ -47,9 +57,14 @@ def open_training_data(
         opts.subset,
         opts.cache,
         spec=spec,
-        kinds=tuple(kind for kind in kinds if kind != "controlnet" or opts.data.masked_loss),
+        kinds=tuple(kind for kind in kinds if kind != "controlnet" or conditions or opts.data.masked_loss),
         tokenizers=tokenizers or tokenizers_for(spec, opts.text),
-        context=ScanContext(opts.length.seed or 0, report_dir=opts.save.output_dir, tolerated_share=tolerated_share),
+        context=ScanContext(
+            opts.length.seed or 0,
+            report_dir=opts.save.output_dir,
+            tolerated_share=tolerated_share,
+            run_batches=_batches_of_run(opts.length),
+        ),
     )
     for part in (data, data.validation) if replacements else ():
         if part is not None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from library.data.options import CacheOptions, DatasetOptions, LoaderOptions, SubsetOptions
 from library.errors import Problem
 from library.models.options import MemoryOptions, ModelOptions, TextOptions
 from library.option_groups import OptionGroup, OptionSet, opt
 from library.option_parser import ConfigOptions
+from library.training.options_ema import EmaOptions
 from library.training.options_objective import LossOptions, NoiseOptions
 from library.training.options_output import (
     HubOptions,
@@ -23,11 +25,20 @@ from library.training.options_output import (
 )
 from library.training.options_progress import StartOptions, ValidationOptions
 
+if TYPE_CHECKING:
+    import torch
+
+    from library.contracts import FamilySpec
+    from library.models.family import ModelFamily
+    from library.training.objective import Objective
+    from library.training.sampling import Renderer
+
 __all__ = [
     "CacheOptions",
     "ConfigOptions",
     "DatasetOptions",
     "DistributedOptions",
+    "EmaOptions",
     "HubOptions",
     "LengthOptions",
     "LoaderOptions",
@@ -99,6 +110,11 @@ class PrecisionOptions(OptionGroup, title="precision"):
         False, needs={"mixed_precision": ("bf16",)}, help="Train in bfloat16 altogether: half the memory, less exact."
     )
     fp8_base: bool = opt(False, metadata_key="ss_fp8_base", help="Keep frozen weights in 8 bits.")
+
+    @property
+    def tf32(self) -> bool:
+        """Whether products in float32 may be rounded to TensorFloat-32."""
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,10 +313,26 @@ class TrainingOptions(OptionSet):
         """Return where the user wants the run to begin: nowhere special, in scripts without options for it."""
         return StartOptions()
 
+    def ema_options(self) -> EmaOptions:
+        """Return the average of the weights that is kept: none, in scripts without options for it."""
+        return EmaOptions()
+
+    def objective(self, spec: FamilySpec, device: torch.device) -> Objective:
+        """Return what is added to latents and what is to be predicted."""
+        from library.training.objective import DDPMObjective
+
+        return DDPMObjective(spec.prediction_type, self.noise, self.loss, device)
+
+    def renderer(self, family: ModelFamily, autocast: Callable[[], AbstractContextManager[None]]) -> Renderer:
+        """Return what draws sample pictures with the model while it trains."""
+        from library.inference.render import DiffusionRenderer, RenderSettings
+
+        settings = RenderSettings(zero_terminal_snr=self.noise.zero_terminal_snr)
+        return DiffusionRenderer(family, settings, autocast=autocast)
+
     def base_files(self) -> dict[str, str]:
         """Return the files (folders, ids) that frozen weights come from, by name; the model itself is called ""."""
-        files = {"": str(self.model.pretrained_model_name_or_path)}
-        return files | ({"vae": self.model.vae} if self.model.vae else {})
+        return self.model.base_files()
 
     def check_together(self) -> Iterator[Problem]:
         """Yield what is wrong between groups."""

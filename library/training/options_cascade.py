@@ -1,12 +1,43 @@
-"""Options of training that only Stable Cascade has: how losses are weighted."""
+"""Options of training that only Stable Cascade has: its models, how losses are weighted, what trains."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
 
+from library import cascade_config
+from library.cascade_yaml import batch_per_process
 from library.errors import Problem
+from library.models.cascade.options import (
+    CascadeModelOptions,
+    CascadeTextOptions,
+    StageBModelOptions,
+    StageCModelOptions,
+)
 from library.option_groups import OptionGroup, opt
+from library.training.options import TrainingOptions
+from library.training.options_cascade_run import (
+    CascadeDatasetOptions,
+    CascadeDistributedOptions,
+    CascadeLogOptions,
+    CascadePrecisionOptions,
+    CascadeSampleOptions,
+    CascadeSaveOptions,
+)
+from library.training.options_ema import EmaOptions
+from library.training.options_full import FullTrainingOptions, FullTuneOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from library.config_file import ForeignConfig
+    from library.contracts import FamilySpec
+    from library.models.family import ModelFamily
+    from library.training.objective import Objective
+    from library.training.sampling import Renderer
 
 LOSS_WEIGHTINGS = (
     "p2",
@@ -43,3 +74,190 @@ class CascadeLossOptions(OptionGroup, title="loss of Stable Cascade"):
         """Refuse two weightings at once."""
         if self.adaptive_loss_weight and self.loss_weighting not in (None, "adaptive"):
             yield Problem("--adaptive_loss_weight", f"goes without --loss_weighting={self.loss_weighting}")
+
+
+_OTHER_MODELS = (
+    "pretrained_model_name_or_path",
+    "v2",
+    "v_parameterization",
+    "no_token_padding",
+    "diffusers_xformers",
+)
+"""Options about models of other families."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeTrainingOptions(
+    TrainingOptions,
+    changes={
+        "in_json": {"flag": "in_json"},
+        "no_half_vae": {"help": "Run the EfficientNet encoder in float32 whatever --mixed_precision says."},
+        "save_model_as": {"choices": ("ckpt", "safetensors", "diffusers", "diffusers_safetensors")},
+        "v_pred_like_loss": {"excludes": {}},
+    },
+    leave_out=_OTHER_MODELS,
+):
+    """What all training scripts of Stable Cascade share, whichever stage they train."""
+
+    model: CascadeModelOptions = field(default_factory=CascadeModelOptions)
+    text: CascadeTextOptions = field(default_factory=CascadeTextOptions)
+    data: CascadeDatasetOptions = field(default_factory=CascadeDatasetOptions)
+    precision: CascadePrecisionOptions = field(default_factory=CascadePrecisionOptions)
+    save: CascadeSaveOptions = field(default_factory=CascadeSaveOptions)
+    sample: CascadeSampleOptions = field(default_factory=CascadeSampleOptions)
+    log: CascadeLogOptions = field(default_factory=CascadeLogOptions)
+    distributed: CascadeDistributedOptions = field(default_factory=CascadeDistributedOptions)
+    cascade: CascadeLossOptions = field(default_factory=CascadeLossOptions)
+    ema: EmaOptions = field(default_factory=EmaOptions)
+
+    tracker_name: ClassVar[str] = "stable_cascade"
+    stage: ClassVar[str] = "c"
+    """Whose weights `generator_checkpoint_path` of a YAML file names."""
+
+    def __post_init__(self) -> None:
+        if self.data.global_batch_size is not None:
+            processes = int(os.environ.get("WORLD_SIZE", "1"))
+            size = batch_per_process(self.data.global_batch_size, processes, self.length.gradient_accumulation_steps)
+            object.__setattr__(self, "data", replace(self.data, batch_size=size))
+
+    @classmethod
+    def spell_out(cls, words: Sequence[str]) -> list[str]:
+        """Return the command line with `--config_file` before a YAML file that begins it."""
+        return cascade_config.spell_out(list(words))
+
+    @classmethod
+    def foreign_config(cls, name: str, typed: Collection[str]) -> ForeignConfig | None:
+        """Read a YAML file of the original trainer."""
+        offered = {option.name for option in cls.options().values() if option.offered}
+        return cascade_config.read(name, stage=cls.stage, offered=offered, typed=typed)
+
+    def ema_options(self) -> EmaOptions:
+        """Return the average of the weights that is kept."""
+        return self.ema
+
+    def objective(self, spec: FamilySpec, device: torch.device) -> Objective:
+        """Return the objective of stages C and B, which differ in their noise."""
+        from library.training.objective_cascade import GDFObjective
+
+        return GDFObjective(self.noise, self.loss, self.cascade, device, pyramid=spec.name == "stable_cascade_b")
+
+    def check_together(self) -> Iterator[Problem]:
+        """Yield what is wrong between groups."""
+        yield from super().check_together()
+        if self.precision.full_fp16:
+            yield Problem("--full_fp16", "the weights of Stable Cascade overflow in float16", "Use --full_bf16.")
+        if self.ema.ema_decay is not None:
+            yield from self._check_average()
+
+    def _check_average(self) -> Iterator[Problem]:
+        if self.distributed.deepspeed:
+            yield Problem("--ema_decay", "cannot be combined with --deepspeed, whose processes each have a part")
+        if "schedulefree" in self.optimizer.optimizer_type.lower():
+            what = f"cannot be combined with {self.optimizer.optimizer_type}, which averages the weights itself"
+            yield Problem("--ema_decay", what)
+
+    def warn_together(self) -> Iterator[Problem]:
+        """Yield what is suspicious between groups."""
+        yield from super().warn_together()
+        if self.precision.mixed_precision == "fp16":
+            yield Problem("--mixed_precision", "fp16 makes stage C overflow", "Use bf16.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCOptions(CascadeTrainingOptions):
+    """What the scripts that train stage C, or something for it, share."""
+
+    model: StageCModelOptions = field(default_factory=StageCModelOptions)
+
+    def check_together(self) -> Iterator[Problem]:
+        """Yield what is wrong between groups."""
+        yield from super().check_together()
+        if self.sample.sample_prompts and not self.model.previewer_checkpoint_path:
+            yield Problem("--sample_prompts", "needs --previewer_checkpoint_path, which makes pictures of latents")
+        if self.model.clip_image_cond_rate and self.cache.cache_latents:
+            what = "cannot be combined with --cache_latents: the image encoder looks at the pictures themselves"
+            yield Problem("--clip_image_cond_rate", what, "Drop one of them.")
+
+    def renderer(self, family: ModelFamily, autocast: Callable[[], AbstractContextManager[None]]) -> Renderer:
+        """Return what draws sample pictures by stage C and the previewer."""
+        from library.inference.cascade import CascadeRenderer
+        from library.inference.cascade_decoders import PreviewDecoder
+
+        return CascadeRenderer(family, PreviewDecoder(family.previewer), autocast=autocast)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeTuneOptions(FullTuneOptions, title="tune"):
+    """What is trained."""
+
+    train_text_encoder: bool = opt(False, help="Train the text encoder too.")
+    train_text_encoder_only: bool = opt(
+        False, implies={"train_text_encoder": True}, help="Train the text encoder alone; the stage stays as it is."
+    )
+    learning_rate_te1: float | None = opt(
+        None,
+        more_than=0,
+        matters_when={"train_text_encoder": (), "train_text_encoder_only": ()},
+        help="Learning rate of the text encoder. Default: --learning_rate.",
+    )
+
+    @property
+    def trains_text_encoder(self) -> bool:
+        """Whether the text encoder is trained."""
+        return self.train_text_encoder
+
+    @property
+    def text_encoder_rate(self) -> float | None:
+        """Learning rate of the text encoder; None: that of everything."""
+        return self.learning_rate_te1
+
+    @property
+    def trained_parts(self) -> tuple[str, ...]:
+        """Names of the model's parts that train."""
+        parts = ("text_encoder",) if self.train_text_encoder else ()
+        return parts if self.train_text_encoder_only else ("unet", *parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTuneOptions(CascadeTrainingOptions, FullTrainingOptions, leave_out=("learning_rate_te",)):
+    """What the scripts that train a whole stage share."""
+
+    tune: CascadeTuneOptions = field(default_factory=CascadeTuneOptions)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Users of sd-scripts say so with a rate of zero.
+        tune = self.tune
+        if self.optimizer.learning_rate == 0 and tune.train_text_encoder and not tune.train_text_encoder_only:
+            object.__setattr__(self, "tune", replace(tune, train_text_encoder_only=True))
+
+    def check_together(self) -> Iterator[Problem]:
+        """Yield what is wrong between groups."""
+        yield from super().check_together()
+        tune = self.tune
+        if self.cache.cache_text_encoder_outputs and tune.train_text_encoder:
+            what = "cannot be combined with --train_text_encoder: its outputs change"
+            yield Problem("--cache_text_encoder_outputs", what, "Drop one of them.")
+        if self.optimizer.learning_rate == 0 and not (tune.train_text_encoder and tune.learning_rate_te1):
+            hint = "To train the text encoder alone, give --train_text_encoder and --learning_rate_te1."
+            yield Problem("--learning_rate", "0 trains nothing", hint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCTuneOptions(StageCOptions, StageTuneOptions):
+    """Everything that the script that trains stage C accepts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageBTuneOptions(StageTuneOptions):
+    """Everything that the script that trains stage B accepts."""
+
+    model: StageBModelOptions = field(default_factory=StageBModelOptions)
+
+    stage: ClassVar[str] = "b"
+
+    def renderer(self, family: ModelFamily, autocast: Callable[[], AbstractContextManager[None]]) -> Renderer:
+        """Return what makes pictures that prompts name by `--cn` again."""
+        from library.inference.cascade_reconstruction import ReconstructionRenderer
+
+        return ReconstructionRenderer(family, autocast=autocast)  # type: ignore[arg-type]

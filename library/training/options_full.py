@@ -30,6 +30,11 @@ class FullTuneOptions(OptionGroup, title="tune"):
         return None
 
     @property
+    def text_encoder_rate(self) -> float | None:
+        """Learning rate of the text encoder; None: that of everything."""
+        return self.learning_rate_te
+
+    @property
     def trained_parts(self) -> tuple[str, ...]:
         """Names of the model's parts that train at any time of the run."""
         return ("unet", "text_encoder") if self.trains_text_encoder else ("unet",)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from library.errors import Problem
+from library.file_names import safe_file_name
 from library.option_groups import OptionGroup, opt
 from library.training.options import SaveOptions, TrainingOptions
 from library.training.options_network import FROZEN_FLOAT8, unfused
-from library.training.options_output import bad_file_name
 
 TENSOR_NAMES = ("emb_params", "token")
 
@@ -113,9 +113,5 @@ class InversionTrainingOptions(TrainingOptions, changes=_CHANGES, leave_out=_LEF
 
 def _named_like(save: SaveOptions, word: str) -> SaveOptions:
     """Return the options with the word as name of files; what not every system takes in a name becomes `_`."""
-    if bad_file_name(word):
-        word = "".join(
-            "_" if character in '/\\:*?"<>|' or not character.isprintable() else character for character in word
-        )
-        word = word.strip(". ")
-    return replace(save, output_name=word) if not bad_file_name(word) else save
+    name = safe_file_name(word)
+    return replace(save, output_name=name) if name else save

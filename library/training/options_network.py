@@ -201,7 +201,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkTrainingOptions(TrainingOptions, changes=_CHANGES, leave_out=("no_token_padding", "use_safetensors")):
+class NetworkTrainingOptions(TrainingOptions, changes=_CHANGES, leave_out=("no_token_padding",)):
     """What scripts that train networks share."""
 
     network: NetworkOptions = field(default_factory=NetworkOptions)
@@ -215,6 +215,16 @@ class NetworkTrainingOptions(TrainingOptions, changes=_CHANGES, leave_out=("no_t
     def __post_init__(self) -> None:
         if self.optimizer.fused_backward_pass:
             object.__setattr__(self, "optimizer", unfused(self.optimizer))
+
+    @property
+    def family_name(self) -> str:
+        """Name of the model family that networks of this run are for."""
+        return "sd2" if self.model.v2 else "sd1"
+
+    @property
+    def drops_out(self) -> bool:
+        """Whether the model's own dropout works while the network trains."""
+        return False
 
     def validation_options(self) -> ValidationOptions:
         """Return when the validation loss is measured."""

@@ -80,6 +80,11 @@ class SaveOptions(OptionGroup, title="save", resume="free"):
         10.0, at_least=0, help="How long to try again when a file cannot be written, before the run stops."
     )
 
+    @property
+    def backup_every(self) -> int | None:
+        """Updates between two models and states that stay; None: there are none, in scripts without an option."""
+        return None
+
     def check(self) -> Iterator[Problem]:
         """Refuse names that would write outside the output folder or that some system cannot store."""
         reason = bad_file_name(self.output_name) if self.output_name is not None else None
@@ -161,6 +166,11 @@ class SampleOptions(OptionGroup, title="sample", resume="free"):
         "ddim", choices=SAMPLERS, matters_when=_SAMPLING, help="Sampler, where a prompt does not say (--ss)."
     )
 
+    @property
+    def folder(self) -> str | None:
+        """Folder for sample images; None: inside that of the models, in scripts without an option."""
+        return None
+
     def warn(self) -> Iterator[Problem]:
         """Point out that epochs win over steps."""
         if self.sample_every_n_steps and self.sample_every_n_epochs:
@@ -194,6 +204,11 @@ class LogOptions(OptionGroup, title="log", resume="free"):
     console_log_file: str | None = opt(None, path=True, help="Write messages to this file, not to the console.")
     console_log_simple: bool = opt(False, help="Messages without time and level.")
     log_every_n_steps: int = opt(1, at_least=1, help="Write curves every n-th update.")
+
+    @property
+    def entity(self) -> str | None:
+        """Owner of the project in wandb; None: the user, in scripts without an option."""
+        return None
 
     def check(self) -> Iterator[Problem]:
         """Refuse trackers that cannot run here."""

@@ -74,7 +74,7 @@ class Run(Processes):
     def _begin(self) -> None:
         _set_determinism(self.opts.length.deterministic)
         if self.device.type == "cuda":
-            allow_tf32(not self.opts.length.deterministic)
+            allow_tf32(self.opts.precision.tf32 and not self.opts.length.deterministic)
         self.begin = find_beginning(self.opts, self.data, self.device, self.ranks)
         self.seed = self._resolve_seed()
         # Nothing of ours draws from the global generator; third-party code may.

@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from library import files
 from library.errors import Problem, UserError
+from library.inference.prompt_options import TRAINING_SAMPLES
 from library.inference.prompts import PromptRequest, load_prompts, read_prompts
 from library.randomness import derive
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from library.inference.render import DiffusionRenderer
+    from library.inference.diffusion import Watch
     from library.training.options import SampleOptions, SaveOptions
 
 logger = logging.getLogger(__name__)
+
+
+class Renderer(Protocol):
+    """Makes pictures of prompts with the model in memory."""
+
+    def session(self) -> AbstractContextManager[None]:
+        """Return the context in which what rendering loads stays in memory."""
+
+    def render(self, requests: Sequence[PromptRequest], *, watch: Watch) -> list[Image]:
+        """Return one picture per request; each has its seed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +81,7 @@ class SampleImages:
         self,
         options: SampleOptions,
         save: SaveOptions,
-        renderer: DiffusionRenderer,
+        renderer: Renderer,
         *,
         seed: int,
         process: Process = Process(),
@@ -91,7 +103,7 @@ class SampleImages:
             UserError: the prompt file is missing or cannot be read as a whole.
         """
         self._options = options
-        self._folder = Path(save.output_dir or ".") / "sample"
+        self._folder = Path(options.folder or Path(save.output_dir or ".") / "sample")
         self._prefix = f"{save.output_name}_" if save.output_name else ""
         self._renderer = renderer
         self._seed = seed
@@ -103,10 +115,14 @@ class SampleImages:
         self.prompts: list[PromptRequest] = []
         if _wanted(options):
             self.prompts = load_prompts(
-                options.sample_prompts or "", default_sampler=options.sample_sampler, strict=False
+                options.sample_prompts or "",
+                default_sampler=options.sample_sampler,
+                defaults=getattr(renderer, "sample_defaults", None),
+                place=getattr(renderer, "sample_place", TRAINING_SAMPLES),
+                strict=False,
             )
         for prompt in self.prompts:
-            if prompt.controlnet_image:
+            if prompt.controlnet_image and not getattr(renderer, "reads_guides", False):
                 logger.warning("%s: --cn has no effect, this model has no ControlNet", prompt.where)
 
     def wants_first(self, step: int) -> bool:

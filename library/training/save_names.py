@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     from library.contracts import Position, RunLength
     from library.training.options import SaveOptions, StateOptions
 
-Kind = Literal["epoch", "step", "final", "interrupted"]
+Kind = Literal["epoch", "step", "backup", "final", "interrupted"]
 
 
 @dataclass(frozen=True, slots=True)
 class SavePoint:
-    """One save: after epoch `number` (from 1), after update `number`, at the end, or where a signal ended the run."""
+    """One save: after epoch `number` (from 1), after update `number`, at the end, or where a signal ended the run.
+
+    A backup is what is saved after an update and stays.
+    """
 
     kind: Kind
     number: int = 0
@@ -32,6 +35,8 @@ class SavePoint:
             return f"{output_name or epoch}-{self.number:06d}"
         if self.kind == "step":
             return f"{output_name or at}-step{self.number:08d}"
+        if self.kind == "backup":
+            return f"{output_name or at}-backup-step{self.number:08d}"
         return f"{output_name or last}-interrupted" if self.kind == "interrupted" else output_name or last
 
     def state_name(self, output_name: str | None) -> str:
@@ -54,6 +59,8 @@ def due(save: SaveOptions, length: RunLength, position: Position, *, epoch_ended
     every = save.save_every_n_steps
     if every and position.step % every == 0:
         yield SavePoint("step", position.step)
+    if save.backup_every and position.step % save.backup_every == 0:
+        yield SavePoint("backup", position.step)
     between = epochs_between_saves(save, length.epochs)
     if epoch_ended and between and position.epoch % between == 0 and position.epoch < length.epochs:
         yield SavePoint("epoch", position.epoch)
@@ -92,11 +99,13 @@ class Planned:
 
 def planned_saves(save: SaveOptions, state: StateOptions, length: RunLength) -> Planned:
     """Count what lies in the output folder at the end, the final model and state included."""
-    models = 1 + _kept(save, length, save.save_last_n_epochs, save.save_last_n_steps)
+    backups = length.total_steps // save.backup_every if save.backup_every else 0
+    models = 1 + backups + _kept(save, length, save.save_last_n_epochs, save.save_last_n_steps)
     if not state.save_state:
-        return Planned(models, int(state.save_state_on_train_end))
+        return Planned(models, backups + int(state.save_state_on_train_end))
     epochs = state.save_last_n_epochs_state or save.save_last_n_epochs
-    return Planned(models, 1 + _kept(save, length, epochs, state.save_last_n_steps_state or save.save_last_n_steps))
+    kept = _kept(save, length, epochs, state.save_last_n_steps_state or save.save_last_n_steps)
+    return Planned(models, 1 + backups + kept)
 
 
 def _kept(save: SaveOptions, length: RunLength, last_epochs: int | None, last_steps: int | None) -> int:

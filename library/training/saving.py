@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -44,6 +45,7 @@ class SaveActions:
         upload: sends a complete file or folder away, or None; arguments: path, whether it is a state, whether it is
             the last save.
         suffix: of model files; empty for folders.
+        beside: endings of the names of further files (or folders) that come and go with each model.
         sleep: waits; shorter in tests.
         give_up: whether to stop trying again (a second signal came).
     """
@@ -52,6 +54,7 @@ class SaveActions:
     state: Callable[[Path], object]
     upload: Callable[[Path, bool, bool], object] | None = None
     suffix: str = ".safetensors"
+    beside: tuple[str, ...] = ()
     sleep: Callable[[float], object] = time.sleep
     give_up: Callable[[], bool] = lambda: False
 
@@ -104,7 +107,7 @@ class Saver:
         """Save what is due after an update. Failures are reported, and the next save point tries again."""
         for point in due(self._save, self._length, position, epoch_ended=epoch_ended):
             failures = [self._model(point, position)]
-            if self._state.save_state:
+            if self._state.save_state or point.kind == "backup":
                 failures.append(self._state_of(point, position))
             for failure in filter(None, failures):
                 self.failures.append(str(failure))
@@ -181,7 +184,9 @@ class Saver:
         target = self._folder / stem
 
         def write() -> Path | None:
-            with _Kept(self._earlier_final(point, target)):
+            with ExitStack() as kept:
+                for path in self._earlier_finals(point, target):
+                    kept.enter_context(_Kept(path))
                 return self._actions.model(target, epoch=position.epoch, step=position.step)
 
         path, failure = self._attempt(write)
@@ -192,7 +197,9 @@ class Saver:
             self._models[stem] = path.name
             _log.info("saved %s", path)
             self._remove(outdated_model(self._save, self._length, point), state=False)
-            self._upload(path, point, state=False)
+            for name in dict.fromkeys((path.name, *self._files(stem))):
+                if path.with_name(name).exists():
+                    self._upload(path.with_name(name), point, state=False)
         return None
 
     def _state_of(self, point: SavePoint, position: Position) -> CannotSave | None:
@@ -240,13 +247,17 @@ class Saver:
             self._actions.sleep(_RETRY_SECONDS)
         return None
 
-    def _earlier_final(self, point: SavePoint, target: Path) -> Path | None:
-        """Return the final model of an earlier run, if one is there and must be kept."""
-        path = target.with_name(target.name + self._actions.suffix)
+    def _files(self, stem: str) -> list[str]:
+        """Return the names of the files of a model, its own first."""
+        return [f"{stem}{ending}{self._actions.suffix}" for ending in ("", *self._actions.beside)]
+
+    def _earlier_finals(self, point: SavePoint, target: Path) -> list[Path]:
+        """Return the files of the final model of an earlier run that are there and must be kept."""
         if point.kind != "final" or self._save.overwrite or not self._ranks.is_main:
-            return None
-        made_now = self.last_model is not None and self.last_model.name == path.name
-        return path if path.exists() and not made_now else None
+            return []
+        paths = [target.with_name(name) for name in self._files(target.name)]
+        made_now = self.last_model is not None and self.last_model.name == paths[0].name
+        return [] if made_now else [path for path in paths if path.exists()]
 
     def _remove(self, point: SavePoint | None, *, state: bool) -> None:
         """Remove an outdated model or state, if this run made it."""
@@ -260,8 +271,12 @@ class Saver:
         if not name or Path(name).name != name:
             return
         fault_point("retention.before_delete")
+        # Others of its files go first: as long as the model itself is there, the next start finds and removes it.
+        others = [] if state else self._files(point.stem(self._save.output_name))[1:]
         try:
-            remove_tree(self._folder / name)
+            for path in (*map(self._folder.joinpath, others), self._folder / name):
+                if path.exists():
+                    remove_tree(path)
         except OSError as error:
             _log.warning("cannot remove the outdated %s: %s", self._folder / name, error)
             return

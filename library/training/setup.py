@@ -11,13 +11,14 @@ from torch import nn
 
 from library.contracts import Position, RunLength
 from library.data.loader import PlannedBatches
-from library.inference.render import DiffusionRenderer, RenderSettings
+from library.data.stream import batches_of
 from library.option_groups import loggable
 from library.training.beginning import Beginning
+from library.training.ema import WeightAverage, average_of
 from library.training.loss import make_loss
 from library.training.lr_schedules import build_lr_schedule
 from library.training.model_saves import ModelWriter, RunFacts
-from library.training.objective import DDPMObjective, Objective
+from library.training.objective import Objective
 from library.training.observers import observe
 from library.training.optimizer_state import advance_schedule
 from library.training.optimizers import BuiltOptimizer, build_optimizer
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
     from library.training.stepper import Stepper
 
 
+EMA_SUFFIX = "_ema"
+"""Ends the names of models that hold averaged weights."""
+
+
 @dataclass
 class Training:
     """The parts of a run, ready to train; the loop drives them."""
@@ -51,6 +56,8 @@ class Training:
     built: BuiltOptimizer
     lr_schedule: Any
     parts: StateParts
+    average: WeightAverage | None
+    """Of the weights, where one is kept."""
     stepper: Stepper | EngineStepper
     step: TrainStep = field(init=False)
     module: nn.Module = field(init=False)
@@ -103,7 +110,7 @@ def set_up(run: Run, family: ModelFamily, method: Method, data: TrainingData, op
     if built.flat is not None and run.world_size == 1 and not opts.memory.torch_compile:
         method.accumulate_in_place()
     lr_schedule = build_lr_schedule(opts.schedule, opts.optimizer, built, begin.length.total_steps)
-    objective = DDPMObjective(family.spec.prediction_type, opts.noise, opts.loss, run.device)
+    objective = opts.objective(family.spec, run.device)
     if begin.stored is not None:
         load_weights(begin.stored, method.parts())
     else:
@@ -112,11 +119,20 @@ def set_up(run: Run, family: ModelFamily, method: Method, data: TrainingData, op
     if opts.memory.torch_compile:
         family.compile(opts.memory.dynamo_backend)
     stepper = run.stepper(built)
+    # Made of the weights as they are now: in a run that is resumed the state brings its own average.
+    average = average_of(opts.ema_options(), method.parts())
     parts = StateParts(
-        method.parts(), built.optimizer, lr_schedule, run.scaler, objective, shards=stepper.shards, flat=built.flat
+        method.parts(),
+        built.optimizer,
+        lr_schedule,
+        run.scaler,
+        objective,
+        ema=average,
+        shards=stepper.shards,
+        flat=built.flat,
     )
     pin = run.device.type == "cuda"
-    loader = PlannedBatches(data, begin.length, rank=run.rank, seed=run.seed, loader=opts.loader, pin_memory=pin)
+    loader = batches_of(data, begin.length, rank=run.rank, seed=run.seed, loader=opts.loader, pin_memory=pin)
     training = Training(
         run=run,
         family=family,
@@ -127,6 +143,7 @@ def set_up(run: Run, family: ModelFamily, method: Method, data: TrainingData, op
         built=built,
         lr_schedule=lr_schedule,
         parts=parts,
+        average=average,
         stepper=stepper,
         loader=loader,
         tracker=_make_tracker(run, opts, begin),
@@ -182,31 +199,40 @@ def make_saver(training: Training, data: TrainingData, position: Any) -> Saver:
 
     def write_model(target: Path, *, epoch: int, step: int) -> Path | None:
         with training.stepper.whole_weights():
+            if training.average is not None:
+                with training.average.applied():
+                    writer(target.with_name(target.name + EMA_SUFFIX), epoch=epoch, step=step)
             return writer(target, epoch=epoch, step=step)
 
     def write_state(folder: Path) -> None:
         with training.stepper.whole_weights(for_state=True):
             save_state(folder, training.parts, training.info(position(), saver), run.ranks)
 
-    actions = SaveActions(model=write_model, state=write_state, upload=training.uploader, suffix=writer.suffix)
+    beside = training.method.saved_beside
+    if training.average is not None:
+        beside = (*beside, EMA_SUFFIX, *(EMA_SUFFIX + ending for ending in beside))
+    actions = SaveActions(
+        model=write_model, state=write_state, upload=training.uploader, suffix=writer.suffix, beside=beside
+    )
     saver = Saver(opts.save, opts.state, training.length, actions, run.ranks)
     stored = training.begin.stored
     if stored is not None:
         saver.restore(stored.info.saver, stored.folder)
     if run.is_main:
-        saver.preflight(writer.estimated_bytes(), state_bytes(training.parts.modules))
+        models = 1 if training.average is None else 2
+        averages = 0.0 if training.average is None else 1.0
+        state = state_bytes(training.parts.modules, 2.0 + averages)
+        saver.preflight(models * writer.estimated_bytes(), state)
     return saver
 
 
 def make_sampler(training: Training) -> SampleImages:
     """Return what draws sample pictures."""
     run, opts = training.run, training.opts
-    settings = RenderSettings(zero_terminal_snr=opts.noise.zero_terminal_snr)
-    renderer = DiffusionRenderer(training.family, settings, autocast=run.autocast)
     return SampleImages(
         opts.sample,
         opts.save,
-        renderer,
+        training.method.samples(opts.renderer(training.family, run.autocast)),
         seed=run.seed,
         process=Process(run.rank, run.world_size),
         should_stop=lambda: run.stop.requested is not None,

@@ -114,7 +114,7 @@ class StoredState:
 def state_name_pattern(output_name: str | None) -> re.Pattern[str]:
     """Return what matches the names of all state folders of one output name."""
     name = "|".join(DEFAULT_NAMES) if not output_name else re.escape(output_name)
-    return re.compile(rf"^(?:{name})(?:-\d{{6,}}|-step\d{{8,}})?-state$")
+    return re.compile(rf"^(?:{name})(?:-\d{{6,}}|(?:-backup)?-step\d{{8,}})?-state$")
 
 
 def sha256_file(path: Path) -> str:

@@ -31,6 +31,7 @@ DECLARATIONS = {
     "options_output.py",
     "options_pictures.py",
     "options_progress.py",
+    "options_tars.py",
     "retired.py",
 }
 # Options that ask for what always happens, one that its group reads itself, and one that is only stored.
@@ -48,16 +49,20 @@ GOLDEN = {
 }
 OURS = {
     "allow_nan_weights",
+    "bucket_random_ratio",
     "cache_dir",
     "cache_hash",
     "cache_trust_mtime",
     "caption_encoding",
+    "caption_field",
     "check_images",
+    "dataset_filter",
     "deterministic",
     "fast_resume",
     "log_every_n_steps",
     "max_image_pixels",
     "max_nan_steps",
+    "multi_aspect_ratio",
     "no_exif_transpose",
     "no_save_on_interrupt",
     "overwrite",
@@ -65,6 +70,11 @@ OURS = {
     "save_retry_minutes",
     "skip_bad_files",
     "strict_args",
+    "webdataset_cache_dir",
+    "webdataset_epoch_size",
+    "webdataset_path",
+    "webdataset_shuffle",
+    "webdataset_streaming",
 }
 
 TEXT_CACHES = {"cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk", "text_encoder_batch_size"}

@@ -16,11 +16,12 @@ import gen_img
 from library.checkpoints.embedding_file import write_embedding
 from library.inference.generation import defaults
 from library.inference.outputs import PictureFolder
-from library.inference.picture_inputs import InputPictures, opened
+from library.inference.picture_inputs import InputPictures, named_files, opened
 from library.inference.prompt_files import PromptEntry
 from library.inference.prompt_options import GENERATION
 from library.inference.prompts import PromptRequest, parse_entry
-from library.inference.render import DiffusionRenderer, NotFinite
+from library.inference.render import DiffusionRenderer
+from library.inference.rendering import NotFinite
 from library.option_parser import parse
 
 SMALL = ("--steps=2", "--W=64", "--H=64", "--sampler=euler_a")
@@ -493,7 +494,7 @@ def test_the_size_of_pictures_from_pictures(photograph, tmp_path, line, words, s
     opts = parse(gen_img.Options, words)
     request, problems = parse_entry(PromptEntry("line 1", line), defaults(opts), GENERATION, [])
     assert not problems
-    made = InputPictures(opts, with_networks=False).picture(0, request)
+    made = InputPictures(named_files(opts)).picture(0, request)
     assert (made.request.width, made.request.height) == size
 
 
@@ -563,7 +564,7 @@ def test_a_picture_to_start_from_guides_all_control_nets(photograph, tmp_path):
         Image.open(photograph).save(tmp_path / f"{name}.png")
     nets = ("--control_net_models", str(photograph), str(photograph))  # any files: nothing is loaded
     words = ("--ckpt=x", f"--outdir={tmp_path / 'out'}", "--prompt=a", f"--image_path={tmp_path}", *nets)
-    inputs = InputPictures(parse(gen_img.Options, words), with_networks=False)
+    inputs = InputPictures(named_files(parse(gen_img.Options, words)))
     for number, name in enumerate(("a", "b", "photo")):
         made = inputs.picture(number, PromptRequest(prompt="a"))
         assert made.origin == tmp_path / f"{name}.png"

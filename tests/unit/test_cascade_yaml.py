@@ -78,7 +78,8 @@ def test_stage_c():
         "stage_c_checkpoint_path": "models/stage_c_bf16.safetensors",
         "dataset_filter": (["aesthetic", "lambda s: s > 4.5"], [["width", "height"], "lambda w, h: w * h >= 589824"]),
         "caption_dropout_rate": 0.05,
-        "resume": "auto",
+        "bucket_random_ratio": 0.05,
+        "resume": "latest",
     }
     assert found.sources["sample_every_n_steps"] == "save_every"
     assert found.sources["resume"] == ""
@@ -99,7 +100,7 @@ def test_lora_and_control_net_and_stage_b():
         "controlnet_filter_params:\n  resize: 224\ncaptions_getter: ['txt', identity]\n"
     ).options
     assert net["controlnet_blocks"] == (0, 4, 8, 12, 51, 55, 59, 63)
-    assert net["controlnet_filter_params"] == {"resize": 224}
+    assert net["controlnet_filter_params"] == ("resize=224",)
     assert net["caption_field"] == ("txt", "identity")
     assert net["noise_offset"] == 0.05
     b = converted("shift: 4\ngenerator_checkpoint_path: b.safetensors\nstage_a_checkpoint_path: a\n", stage="b")

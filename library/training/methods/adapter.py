@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from library.checkpoints.lora_file import read_lora
 from library.contracts import ParamGroup
 from library.errors import UserError, raise_problems
 from library.models.lycoris_args import float8_problems
@@ -38,9 +39,11 @@ if TYPE_CHECKING:
     from library.contracts import Batch, Condition, Noised
     from library.draws import Draws
     from library.models.family import ModelFamily
+    from library.training.methods.companion import Companion
     from library.training.model_saves import Describe, RunFacts
     from library.training.options_network import NetworkTrainingOptions
     from library.training.run import Run
+    from library.training.sampling import Renderer
 
 logger = logging.getLogger(__name__)
 
@@ -54,15 +57,17 @@ class NetworkPlan:
         opts: of the script.
         trains_text: whether the text encoder gets a network that is trained.
         adapts_text: whether the text encoder gets a network at all.
+        companion: trains beside the network, through the text encoder.
     """
 
     module: ModuleType
     opts: NetworkTrainingOptions
     trains_text: bool
     adapts_text: bool
+    companion: Companion | None = None
 
     @classmethod
-    def of(cls, opts: NetworkTrainingOptions) -> NetworkPlan:
+    def of(cls, opts: NetworkTrainingOptions, companion: Companion | None = None) -> NetworkPlan:
         """Import the module, check its arguments, and look at every value of the files that it begins with.
 
         Raises:
@@ -79,7 +84,18 @@ class NetworkPlan:
         covers = network.trains_text_encoder and not getattr(module, "UNET_ONLY", False)
         rates = network.text_encoder_lr or (opts.optimizer.learning_rate,)
         trains = covers and any(rate > 0 for rate in rates)
-        return cls(module, opts, trains, trains or (covers and network.network_weights is not None))
+        adapts = trains or (covers and network.network_weights is not None)
+        return cls(module, opts, trains, adapts, companion)
+
+    @property
+    def text_changes(self) -> bool:
+        """Whether what captions become changes during the run, or differs from what the bare model makes of them."""
+        return self.adapts_text or self.companion is not None
+
+    @property
+    def text_learns(self) -> bool:
+        """Whether gradients have to pass through the text encoder."""
+        return self.trains_text or self.companion is not None
 
     def prepare(self, family: ModelFamily) -> None:
         """Change the model in memory as the options ask, before anything of it is cached."""
@@ -100,6 +116,8 @@ class Adapter:
         self.plan = plan
         self.opts = plan.opts
         self.device, self.dtype, self.seed = run.device, run.trained_dtype, run.seed
+        self.companion = plan.companion
+        self.saved_beside = () if self.companion is None else self.companion.saved_beside
         self.network: Any = None
         self.may_skip_parameters = False
         self.uses_global_randomness = False
@@ -107,6 +125,8 @@ class Adapter:
         self._epoch = -1
         self._multiplier = 1.0
         self._norms: NetworkNorms
+        self._beside: dict[str, nn.Module] = {}
+        self._drops_out = plan.opts.drops_out
 
     # Before training ---------------------------------------------------------------------------------------------
 
@@ -117,6 +137,8 @@ class Adapter:
             part.requires_grad_(False).eval()
         # A function of the seed alone, whatever was drawn before.
         torch.manual_seed(derive(self.seed, "init", "network"))
+        if self.companion is not None:
+            self._beside = {self.companion.name: self.companion.attach(self.family, self.seed).to(self.device)}
         network = self.network = self._create()
         require_strength(network, self._name, self.run.data.specs)
         if hasattr(network, "prepare_network"):
@@ -131,10 +153,13 @@ class Adapter:
             with calling(self._name, "load_weights"):
                 foreign = not options.is_known_module
                 load_network_weights(network, options.network_weights, self.family.spec.name, foreign=foreign)
+            if self.companion is not None and not foreign:
+                file = read_lora(options.network_weights, base=self.family.spec.name)
+                self.companion.load(file.bundled, f"--network_weights {options.network_weights}")
         network.to(device=self.device, dtype=self.dtype)
         # Modules of ours say what they do; of others nothing is known.
         self.may_skip_parameters = bool(getattr(network, "may_skip_parameters", True))
-        self.uses_global_randomness = bool(getattr(network, "uses_global_randomness", True))
+        self.uses_global_randomness = self._drops_out or bool(getattr(network, "uses_global_randomness", True))
         self.flat_parameters = not self.may_skip_parameters
         self._enable_checkpointing()
         if not is_ours(self._name):
@@ -195,12 +220,12 @@ class Adapter:
         return encoders[0] if len(encoders) == 1 else list(encoders)
 
     def parts(self) -> dict[str, nn.Module]:
-        """Return the network."""
-        return {"network": self.network}
+        """Return the network, and what trains beside it."""
+        return {"network": self.network, **self._beside}
 
     def trainable(self) -> nn.ModuleDict:
-        """Return the network."""
-        return nn.ModuleDict({"network": self.network})
+        """Return the network, and what trains beside it."""
+        return nn.ModuleDict(self.parts())
 
     def param_groups(self) -> list[ParamGroup]:
         """Return the groups that the network itself makes."""
@@ -218,7 +243,7 @@ class Adapter:
             settings = {key: value for key, value in group.items() if key not in ("params", "lr")}
             given = group.get("lr")
             made.append(ParamGroup(name, tuple(group["params"]), rate if given is None else float(given), settings))
-        return made
+        return made if self.companion is None else [*made, *self.companion.param_groups(rate)]
 
     def _freeze_unused(self) -> None:
         """Let adapters of layers that `--clip_skip` leaves out need no gradient, since they will never get one."""
@@ -235,8 +260,9 @@ class Adapter:
             self.network.accumulate_in_place()
 
     def train_mode(self) -> None:
-        """Training mode for the network; the model stays in evaluation mode."""
+        """Training mode for the network; the model stays in evaluation mode unless its own dropout is wanted."""
         self.network.train()
+        self.family.denoiser.train(self._drops_out)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -244,10 +270,11 @@ class Adapter:
         before = self._multiplier
         self._set_multiplier(1.0)
         self.network.eval()
+        self.family.denoiser.eval()
         try:
             yield
         finally:
-            self.network.train()
+            self.train_mode()
             self._set_multiplier(before)
 
     def enter_step(self, step: int) -> bool:
@@ -265,9 +292,9 @@ class Adapter:
             network.on_step_start(self._text_encoder, self.family.denoiser)
 
     def condition(self, batch: Batch, draws: Draws) -> Condition:
-        """Encode the captions, with gradients only if the network on the text encoder trains."""
+        """Encode the captions, with gradients only if something on the text encoder trains."""
         self._set_multiplier(batch.network_multiplier)
-        with self._running(), torch.set_grad_enabled(self.plan.trains_text and torch.is_grad_enabled()):
+        with self._running(), torch.set_grad_enabled(self.plan.text_learns and torch.is_grad_enabled()):
             return self.family.condition(batch, draws)
 
     def predict(self, noised: Noised, condition: Condition, batch: Batch) -> Tensor:
@@ -287,7 +314,9 @@ class Adapter:
         with torch.no_grad(), self._bare():
             if self.plan.adapts_text:
                 condition = self.family.encode_text(batch.token_ids, batch.token_weights)
-            chosen = replace(condition, hidden=_rows(condition.hidden, rows))
+            pooled = None if condition.pooled is None else _rows(condition.pooled, rows)
+            extra = {name: _rows(tensor, rows) for name, tensor in condition.extra.items()}
+            chosen = replace(condition, hidden=_rows(condition.hidden, rows), pooled=pooled, extra=extra)
             preserved = self.family.denoise(_rows(noised.noisy, rows), _rows(noised.t, rows), chosen)
         target = list(noised.target)
         for row, wanted in zip(rows, preserved, strict=True):
@@ -322,16 +351,21 @@ class Adapter:
         """Return what the last update says about the network, to be drawn beside the loss."""
         return self._norms.scalars()
 
+    def samples(self, renderer: Renderer) -> Renderer:
+        """Return the renderer: the network is attached to the model."""
+        return renderer
+
     # Saving --------------------------------------------------------------------------------------------------------
 
     @property
     def kind(self) -> str:
         """Format of saved networks."""
-        return self.opts.save.save_model_as or "safetensors"
+        saves = self.opts.save
+        return "safetensors" if saves.use_safetensors else saves.save_model_as or "safetensors"
 
     def parameter_count(self) -> int:
         """Return the number of values that a saved network has."""
-        return sum(tensor.numel() for tensor in self.network.state_dict().values())
+        return sum(tensor.numel() for part in self.parts().values() for tensor in part.state_dict().values())
 
     def describe(self, facts: RunFacts) -> Describe:
         """Return what makes the metadata of the networks of a run; a thread begins to hash the base model."""
@@ -343,8 +377,15 @@ class Adapter:
         self, target: Path, kind: str, precision: torch.dtype | None, metadata: dict[str, str], *, epoch: int, step: int
     ) -> Path:
         """Write the network for use and return its path; `target` has no suffix."""
+        path, companion = target.with_name(f"{target.name}.{kind}"), self.companion
+        if companion is not None:
+            metadata = {**metadata, **companion.metadata()}
         with calling(self._name, "save_weights"):
-            return save_network(self.network, target.with_name(f"{target.name}.{kind}"), precision, metadata)
+            extra = None if companion is None else companion.file_tensors()
+            save_network(self.network, path, precision, metadata, extra=extra)
+        if companion is not None:
+            companion.save_beside(path, precision, metadata)
+        return path
 
 
 def _rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from library.draws import Draws
     from library.models.family import ModelFamily
     from library.training.model_saves import Describe, RunFacts
+    from library.training.sampling import Renderer
 
 
 class Method(Protocol):
@@ -29,6 +30,9 @@ class Method(Protocol):
 
     may_skip_parameters: bool
     """A registered parameter may get no gradient in some steps (DDP must then look for unused parameters)."""
+
+    saved_beside: tuple[str, ...]
+    """Endings of the names of files that `save` writes beside the model's, which they share their suffix with."""
 
     uses_global_randomness: bool
     """Modules draw from torch's global generator (dropout), which is then seeded before every micro step."""
@@ -85,6 +89,9 @@ class Method(Protocol):
     def parameter_count(self) -> int:
         """Return the number of values that a saved model has."""
 
+    def samples(self, renderer: Renderer) -> Renderer:
+        """Return what draws sample pictures with what is trained; `renderer` draws them with the model alone."""
+
     def describe(self, facts: RunFacts) -> Describe:
         """Return what makes the metadata of the models of a run."""
 
@@ -101,6 +108,7 @@ class PlainMethod:
     light = False
     flat_parameters = False
     may_skip_parameters = False
+    saved_beside: tuple[str, ...] = ()
     uses_global_randomness = False
 
     def accumulate_in_place(self) -> None:
@@ -126,6 +134,10 @@ class PlainMethod:
 
     def after_update(self, step: int) -> None:
         """Nothing to do: there is no constraint on the weights."""
+
+    def samples(self, renderer: Renderer) -> Renderer:
+        """Return the renderer: what is trained is the model, or part of it."""
+        return renderer
 
     def scalars(self) -> Mapping[str, Tensor | float]:
         """Return nothing: there are no numbers but those of every method."""

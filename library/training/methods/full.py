@@ -31,6 +31,7 @@ class FullTune(PlainMethod):
     def __init__(self, family: ModelFamily, opts: FullTrainingOptions) -> None:
         self.family = family
         self.tune = opts.tune
+        self.saved_beside = family.saved_beside
         self.learning_rate = opts.optimizer.learning_rate
         self.memory, self.saves = opts.memory, opts.save
         self.zero_terminal_snr = opts.noise.zero_terminal_snr
@@ -42,7 +43,7 @@ class FullTune(PlainMethod):
     def attach(self) -> None:
         """Set gradients and modes, and switch checkpointing on."""
         for name, part in self.family.parts().items():
-            part.requires_grad_(name == "unet" or self.trains_text)
+            part.requires_grad_(name in self.tune.trained_parts)
         for parameter in self.family.unused_parameters():
             parameter.requires_grad_(False)
         if self.memory.gradient_checkpointing:
@@ -51,8 +52,8 @@ class FullTune(PlainMethod):
         self.train_mode()
 
     def parts(self) -> dict[str, nn.Module]:
-        """Return the denoiser and, when it is trained at any time of the run, the text encoder."""
-        return {name: part for name, part in self.family.parts().items() if name == "unet" or self.trains_text}
+        """Return what is trained at any time of the run: the denoiser, the text encoder or both."""
+        return {name: part for name, part in self.family.parts().items() if name in self.tune.trained_parts}
 
     def trainable(self) -> nn.ModuleDict:
         """Return what trains now: without the text encoder once it has stopped."""
@@ -61,12 +62,12 @@ class FullTune(PlainMethod):
     def train_mode(self) -> None:
         """Training mode for what trains; frozen parts stay in evaluation mode."""
         for name, part in self.family.parts().items():
-            part.train(name == "unet" or self.text_active)
+            part.train(name in self.tune.trained_parts and (name == "unet" or self.text_active))
 
     def param_groups(self) -> list[ParamGroup]:
-        """One group, or with `--learning_rate_te` one for each of denoiser and text encoder."""
+        """One group, or with a rate of its own for the text encoder one for each of denoiser and text encoder."""
         parameters = {name: tuple(p for _, p in in_reference_order(part)) for name, part in self.parts().items()}
-        rate_te = self.tune.learning_rate_te
+        rate_te = self.tune.text_encoder_rate
         if rate_te is None or not self.trains_text:
             together = tuple(parameter for part in parameters.values() for parameter in part)
             return [ParamGroup("unet", together, self.learning_rate)]

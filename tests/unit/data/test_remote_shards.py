@@ -7,12 +7,18 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from loading_helpers import FAMILY, FakeTokenizer
 from tar_helpers import make_shard, picture
 
+from library.contracts import Position, RunLength
 from library.data import remote_files, tar_index
 from library.data.images import load_image
+from library.data.opening import open_data
+from library.data.options import CacheOptions, DatasetOptions, LoaderOptions, SubsetOptions
 from library.data.remote_files import list_remote, local_copy, remote_facts, remote_reader
+from library.data.scan import ScanContext
 from library.data.shards import expand_shards
+from library.data.stream import batches_of
 from library.data.tar_index import index_shard
 from library.errors import UserError
 
@@ -161,7 +167,7 @@ def test_missing_packages_are_named(monkeypatch):
 def bucket(monkeypatch):
     """A bucket on an S3-compatible server in this process."""
     server = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()  # they remember the address of the server
     boto3 = pytest.importorskip("boto3")
     running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     running.start()
@@ -195,3 +201,50 @@ def test_s3(bucket, tmp_path):
         index_shard("s3://photos/none.tar")
     with pytest.raises(UserError, match="no .tar file"):
         expand_shards("s3://photos/empty/")
+
+
+def served(shards, *, workers, **options):
+    """The batches of a short run on remote shards, with loader processes."""
+    data = open_data(
+        DatasetOptions(webdataset_path=shards, resolution="64", batch_size=2, **options),
+        SubsetOptions(),
+        CacheOptions(),
+        spec=FAMILY,
+        kinds=("dreambooth",),
+        tokenizers=(FakeTokenizer(),),
+        context=ScanContext(run_batches=4),
+    )
+    length = RunLength(4, 1, data.batch_count(), 1, 1, 1)
+    loader = LoaderOptions(max_data_loader_n_workers=workers)
+    batches = batches_of(data, length, rank=0, seed=1, loader=loader, start_method="spawn")
+    found = list(batches.iterate(Position()))
+    assert not any(one.replaced for one in found)
+    return [(one.record_keys, one.captions, one.pixels.numpy().tobytes()) for one in found]
+
+
+@pytest.fixture
+def on_s3(bucket, tmp_path):
+    for number in range(2):
+        shard = make_shard(tmp_path / "local" / f"{number:04d}.tar", 4, start=4 * number)
+        bucket.upload_file(str(shard), "photos", f"set/{number:04d}.tar")
+    return ("s3://photos/set/",)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_runs_on_s3_serve_what_local_files_do(on_s3, tmp_path, workers, monkeypatch):
+    monkeypatch.setattr("library.data.loader.available_cores", lambda: 2)
+    local = (str(tmp_path / "local"),)
+    assert served(on_s3, workers=workers) == served(local, workers=0)
+    copies = str(tmp_path / "copies")
+    copied = served(on_s3, workers=0, webdataset_cache_dir=copies)
+    assert [one[1:] for one in copied] == [one[1:] for one in served(local, workers=0)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streams_from_s3_serve_what_local_files_do(on_s3, tmp_path, workers, monkeypatch):
+    pytest.importorskip("webdataset")
+    monkeypatch.setattr("library.data.loader.available_cores", lambda: 2)
+    monkeypatch.setattr("library.data.stream_source._AHEAD", 3000)
+    # Shards are put in order by number, so where they lie makes no difference.
+    streaming = {"webdataset_streaming": True, "webdataset_shuffle": 3, "workers": workers}
+    assert served(on_s3, **streaming) == served((str(tmp_path / "local"),), **streaming)

@@ -7,7 +7,8 @@ import torch
 from library.inference.diffusion import RenderingStopped, Watch
 from library.inference.prompt_text import PromptEncoder, weight_tokens
 from library.inference.prompts import PromptRequest
-from library.inference.render import DiffusionRenderer, NotFinite, RenderSettings, _on_device
+from library.inference.render import DiffusionRenderer, RenderSettings
+from library.inference.rendering import NotFinite, on_device
 from library.inference.samplers import SAMPLERS
 
 
@@ -184,7 +185,7 @@ def test_session_frees_the_vae_only_if_it_was_not_loaded_before(family):
 
 def test_modules_return_to_their_device_even_after_an_error():
     module = torch.nn.Linear(2, 2)
-    with pytest.raises(RuntimeError), _on_device([module], torch.device("meta")):
+    with pytest.raises(RuntimeError), on_device([module], torch.device("meta")):
         assert module.weight.is_meta
         module.to_empty(device="cpu")
         raise RuntimeError

@@ -1,0 +1,74 @@
+"""Stage C and stage B as the data side and the option checks see them; files are looked into before any is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from library.contracts import FamilySpec, TokenizerSpec
+from library.models.cascade.options import CascadeModelOptions, StageBModelOptions, StageCModelOptions
+
+TOKENIZER = TokenizerSpec("clip_g", pad_id=49407)
+
+STAGE_C = FamilySpec(
+    name="stable_cascade",
+    prediction_type="epsilon",
+    tokenizers=(TOKENIZER,),
+    latent_channels=16,
+    latent_downscale=32,
+    latent_scale=1.0,
+    bucket_step_multiple=32,
+    latent_cache_suffix="_sc_latents",
+    latent_cache_sized=False,
+    text_cache_suffix="_sc_te_outputs",
+    text_array_names=("hidden_state1", "pool2"),
+    base_model_version="stable_cascade",
+    architecture="stable-cascade",
+    implementation="https://github.com/Stability-AI/StableCascade",
+    default_resolution_wh=(768, 768),
+)
+"""A picture of 768 pixels trains what is drawn at 1024: the encoder sees pictures at three quarters of their size."""
+
+STAGE_B = replace(
+    STAGE_C,
+    name="stable_cascade_b",
+    latent_channels=4,
+    latent_downscale=4,
+    latent_cache_suffix="_sc_b_latents",
+    # The condition is encoded from the pixels at a new size in every step.
+    needs_pixels=True,
+    default_resolution_wh=(1024, 1024),
+)
+
+
+def check_cascade_files(model: CascadeModelOptions) -> None:
+    """Look into the files that options name, and refuse what is not the part that the option is for.
+
+    Large files are only looked into. What is missing altogether is the business of the option checks.
+
+    Raises:
+        UserError: naming option, file and what it is.
+    """
+    from library.checkpoints import load_cascade
+    from library.checkpoints.detect_cascade import inspect_cascade, part_folder, require_part
+    from library.checkpoints.key_maps_cascade import Part
+
+    looked: tuple[tuple[str, str | None, Part], ...] = (
+        (model.stage_option, model.stage_path, "stage_c" if model.stage == "c" else "stage_b"),
+        ("--text_model_checkpoint_path", model.text_model_checkpoint_path, "text"),
+    )
+    for option, name, part in looked:
+        path = Path(name or "")
+        if not name or not path.exists():
+            continue
+        if path.is_dir():
+            part_folder(path, part)
+            continue
+        version = model.model_version if part != "text" else None
+        require_part(inspect_cascade(path), part, version=version, where=f"{option} {path}")
+    if model.effnet_checkpoint_path:
+        load_cascade.load_effnet(model.effnet_checkpoint_path)
+    if isinstance(model, StageCModelOptions) and model.previewer_checkpoint_path:
+        load_cascade.load_previewer(model.previewer_checkpoint_path)
+    if isinstance(model, StageBModelOptions):
+        load_cascade.load_stage_a(model.stage_a_checkpoint_path or "")

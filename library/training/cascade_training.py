@@ -1,0 +1,52 @@
+"""One run that trains a stage of Stable Cascade, from options to saved models."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from library.contracts import FamilySpec
+    from library.models.cascade.base import CascadeFamily
+    from library.training.options_cascade import StageTuneOptions
+
+logger = logging.getLogger(__name__)
+
+_SHARE = 0.75
+"""Of the size of a picture, what its encoder sees of it: training at 768 is for drawing at 1024."""
+
+KINDS = ("dreambooth", "finetuning", "controlnet")
+
+
+def train_stage(opts: StageTuneOptions, spec: FamilySpec, family_class: type[CascadeFamily]) -> None:
+    """Files, then data, then models: what is cheap to check fails before anything expensive starts.
+
+    Raises:
+        UserError: something is wrong with options, data or models.
+        StopTraining: the run cannot go on.
+    """
+    from library.models.cascade.specs import check_cascade_files
+    from library.training.opening import open_training_data
+
+    if not opts.data.debug_dataset:
+        check_cascade_files(opts.model)
+    data = open_training_data(opts, spec, KINDS)
+    if data is None:
+        return
+
+    from library.training.caching import fill_caches
+    from library.training.loop import fit
+    from library.training.methods.full import FullTune
+    from library.training.model_saves import largest_resolution
+    from library.training.run import Run
+
+    if spec.name == "stable_cascade":
+        width, height = (round(side / _SHARE) for side in largest_resolution(data))
+        logger.info(
+            "stage C is trained on pictures at 3/4 of their size: this resolution is for drawing %dx%d", width, height
+        )
+    with Run(opts, data) as run:
+        weights = run.weight_plan(opts.tune.trained_parts)
+        family = family_class.load(opts.model, opts.text, opts.memory, spec=spec, weights=weights, seed=run.seed)
+        fill_caches(run, family, data, frozen_text=not opts.tune.trains_text_encoder)
+        fit(run, family, FullTune(family, opts), data, opts)

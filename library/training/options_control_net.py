@@ -1,0 +1,119 @@
+"""Options of ControlNet training for Stable Cascade."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from library.errors import Problem
+from library.models.cascade.control_choice import FILTER, filter_params, filter_problems, is_folder_filter, is_own
+from library.option_groups import COMMAND_LINE, OptionGroup, opt
+from library.training.checks import must_exist
+from library.training.options_cascade import StageCOptions
+
+_FOLDER = "--conditioning_data_dir"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetOptions(OptionGroup, title="ControlNet"):
+    """The ControlNet that is trained, and what it looks at."""
+
+    controlnet_filter: str | None = opt(
+        None,
+        metadata_key="ss_controlnet_filter",
+        help="What the ControlNet sees of each picture: canny, inpaint, identity, sr_effnet, sr, folder (pictures in "
+        "--conditioning_data_dir), a name of the official configuration files, or a class of your own, "
+        "package.module:Class.",
+    )
+    controlnet_filter_params: tuple[str, ...] = opt(
+        (),
+        convert=filter_params,
+        needs={"controlnet_filter": ()},
+        help="Arguments of the filter, such as resize=null (canny) or p_outpaint=0.4 share=[0.1,0.5] (inpaint).",
+    )
+    controlnet_blocks: tuple[int, ...] = opt(
+        (),
+        at_least=0,
+        help="Numbers of the residual blocks of stage C that are steered. Default: those of "
+        "--controlnet_checkpoint_path, else 0 4 8 12 51 55 59 63 of 64, and alike with fewer.",
+    )
+    controlnet_bottleneck_mode: str | None = opt(
+        None,
+        choices=("effnet", "simple", "large"),
+        metadata_key="ss_controlnet_bottleneck_mode",
+        help="Backbone: effnet (EfficientNet, for pictures), simple (two convolutions, for small maps) or large (for "
+        "latents). Default: that of --controlnet_checkpoint_path, else effnet.",
+    )
+    controlnet_checkpoint_path: str | None = opt(
+        None, path=True, resume="free", help="ControlNet for stage C that training starts from."
+    )
+    controlnet_backbone_path: str | None = opt(
+        None,
+        path=True,
+        resume="free",
+        help="EfficientNet-V2-S that a new ControlNet with the effnet backbone starts from, such as one trained on "
+        "ImageNet. Default: --effnet_checkpoint_path.",
+    )
+
+    @property
+    def uses_folder(self) -> bool:
+        """Whether the ControlNet sees ready pictures of a folder."""
+        return is_folder_filter(self.controlnet_filter or "")
+
+    def check(self) -> Iterator[Problem]:
+        """Refuse filters that do not exist, and files that are not there."""
+        if self.controlnet_filter is None:
+            yield Problem(FILTER, "is required", "Name one, such as canny.")
+        else:
+            yield from filter_problems(self.controlnet_filter, self.controlnet_filter_params)
+        yield from must_exist("--controlnet_checkpoint_path", self.controlnet_checkpoint_path)
+        yield from must_exist("--controlnet_backbone_path", self.controlnet_backbone_path)
+
+    def warn(self) -> Iterator[Problem]:
+        """Point out a backbone that is not used."""
+        if self.controlnet_backbone_path:
+            if self.controlnet_checkpoint_path:
+                yield Problem("--controlnet_backbone_path", "has no effect with --controlnet_checkpoint_path")
+            elif self.controlnet_bottleneck_mode not in (None, "effnet"):
+                mode = self.controlnet_bottleneck_mode
+                yield Problem("--controlnet_backbone_path", f"has no effect with --controlnet_bottleneck_mode {mode}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetTrainingOptions(
+    StageCOptions,
+    changes={"save_model_as": {"choices": ("ckpt", "safetensors"), "help": "Format of saved ControlNets."}},
+    leave_out=("stage_c_dropout", "use_safetensors", "fused_backward_pass"),
+):
+    """Everything that the script that trains ControlNets for stage C accepts."""
+
+    control_net: ControlNetOptions = field(default_factory=ControlNetOptions)
+
+    tracker_name: ClassVar[str] = "stable_cascade_control_net"
+
+    def check_together(self) -> Iterator[Problem]:
+        """Yield what is wrong between groups."""
+        yield from super().check_together()
+        name = self.control_net.controlnet_filter
+        if name and is_own(name) and self.given.get("controlnet_filter") != COMMAND_LINE:
+            # Files are downloaded, and would run code that nobody asked for.
+            yield Problem(FILTER, f"{name!r} is code of your own, which files may not name", "Give it by typing it.")
+        if not self.model.stage_path:
+            yield Problem("--stage_c_checkpoint_path", "is required: a ControlNet steers a trained model")
+        if self.data.dataset_class is not None:
+            yield Problem("--dataset_class", "its batches hold nothing that a ControlNet could look at")
+        yield from self._check_folder()
+
+    def _check_folder(self) -> Iterator[Problem]:
+        folder, data = self.control_net.uses_folder, self.data
+        if folder and data.masked_loss:
+            yield Problem("--masked_loss", f"cannot be combined with {FILTER} folder: one folder of pictures, one use")
+        if folder and not (data.dataset_config or data.conditioning_data_dir):
+            yield Problem(_FOLDER, f"is required by {FILTER} folder", "Give the folder of ready pictures.")
+
+    def warn_together(self) -> Iterator[Problem]:
+        """Yield what is suspicious between groups."""
+        yield from super().warn_together()
+        if self.data.conditioning_data_dir and not self.control_net.uses_folder and self.control_net.controlnet_filter:
+            yield Problem(_FOLDER, f"has no effect without {FILTER} folder")

@@ -1,0 +1,88 @@
+"""The options of stable_cascade_gen_img.py: old command lines still work, and each one is read or refused."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+import stable_cascade_gen_img
+from library.cli import run_script
+from library.option_parser import parse
+from library.option_values import type_name
+from library.retired import NO_EFFECT_IN
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = json.loads((ROOT / "tests" / "golden" / "stable_cascade_gen_img_options.json").read_text(encoding="utf-8"))
+OPTIONS = stable_cascade_gen_img.Options.options()
+DECLARATIONS = {"options.py", "options_pictures.py", "option_set.py", "options_cascade.py"}
+# Those that ask for what always happens, and one that is only handed on.
+HONOURED = {"sdpa", "xformers", "no_preview", "prompter_module_args", "fp16", "tokenizer_cache_dir"}
+
+
+def test_same_options_as_golden():
+    found = {
+        name: {
+            "type": type_name(option.annotation),
+            "default": list(option.default) if isinstance(option.default, tuple) else option.default,
+            **({"choices": list(option.choices)} if option.choices else {}),
+        }
+        for name, option in OPTIONS.items()
+    }
+    assert found == GOLDEN
+
+
+def test_every_option_is_explained_and_names_known_others():
+    for option in OPTIONS.values():
+        assert option.notes["help"].endswith("."), option.flag
+        for note in ("needs", "matters_when", "excludes", "implies", "means"):
+            assert set(option.notes.get(note, {})) <= set(OPTIONS), f"{option.flag}: {note}"
+
+
+def test_every_option_is_read_somewhere():
+    words = set()
+    folders = (ROOT / "library" / "inference", ROOT / "library" / "models" / "cascade")
+    for path in (path for folder in folders for path in folder.glob("*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        if path.name in DECLARATIONS:
+            properties = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.decorator_list]
+            nodes = [inner for node in properties for inner in ast.walk(node)]
+        words |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    # Files of parts are asked for by the name of the part.
+    words |= {name for name in OPTIONS if name.endswith("_checkpoint_path")}
+    assert set(OPTIONS) - words - HONOURED == set()
+    assert "stable_cascade_gen_img" in NO_EFFECT_IN["tokenizer_cache_dir"]
+
+
+def test_a_documented_command_line_parses(tmp_path):
+    words = []
+    for name in ("stage_c", "stage_b", "stage_a", "effnet", "previewer", "text_model"):
+        (tmp_path / name).touch()
+        words += [f"--{name}_checkpoint_path", str(tmp_path / name)]
+    (tmp_path / "lora.safetensors").touch()
+    words += ["--outdir", str(tmp_path / "out"), "--bf16", "--sdpa", "--lowvram", "--network_module", "networks.lora"]
+    words += ["--network_weights", str(tmp_path / "lora.safetensors"), "--network_mul", "0.8"]
+    opts = parse(stable_cascade_gen_img.Options, words)
+    assert opts.networks.network_mul == (0.8,)
+    assert not opts.warnings
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--stage_c_checkpoint_path: is required"),
+        (["--stage_c_checkpoint_path=none"], "--stage_c_checkpoint_path none: no such file or folder"),
+        (["--stage_c_checkpoint_path=.", "--fp16"], "--fp16: the weights of stage C overflow in float16"),
+        (["--stage_c_checkpoint_path=.", "--controlnet_filter=canny"], "needs --controlnet_checkpoint_path"),
+        (["--stage_c_checkpoint_path=.", "--sampler=euler"], "--sampler"),
+        (["--stage_c_checkpoint_path=.", "--image=none.png"], "--image none.png: no such file or folder"),
+        (["--stage_c_checkpoint_path=.", "--cfg_t_start=0.1", "--cfg_t_stop=0.5"], "so nothing is guided"),
+        (["--stage_c_checkpoint_path=.", "--clip_skip=2"], "--clip_skip"),
+        (["--stage_c_checkpoint_path=.", "--save_text_model"], "--save_text_model: needs --text_model_checkpoint_path"),
+    ],
+)
+def test_mistakes_are_told_in_one_line_each(words, message, capsys, tmp_path):
+    words = [*words, "--prompt=a", f"--outdir={tmp_path}"]
+    refused = run_script(stable_cascade_gen_img.Options, lambda opts: pytest.fail("it was to be refused"), words)
+    assert refused == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,127 @@
+"""Networks on stage C, trained with words, average and adaptive weights: stopped and resumed, the same bits."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import stable_cascade_train_c_network as script
+from library.models.random_cascade import make_random_cascade
+from tests.conftest import PHOTOS
+from tests.support import run_tool, tensor_digest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SCRIPT = "stable_cascade_train_c_network.py"
+FINALS = ("duck.safetensors", "duck_fernando.safetensors")
+WITH_EVERYTHING = (
+    *("--train_tokens", "[fernando]=^dog", "^duck</w>", "--embedding_lr=3e-2", "--network_dropout=0.2"),
+    *("--adaptive_loss_weight", "--ema_decay=0.5", "--ema_start_steps=1", "--stage_c_dropout=0.1"),
+    "--gradient_accumulation_steps=2",
+)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return make_random_cascade(tmp_path_factory.mktemp("cascade"))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos") / "1_things"
+    folder.mkdir()
+    for path in sorted((PHOTOS / "duck").glob("*.jpg"))[:4]:
+        shutil.copy(path, folder / path.name)
+        (folder / path.name).with_suffix(".caption").write_text("[fernando] the duck, yellow, on water")
+    return folder.parent
+
+
+def options(models, photos, out, *more):
+    return [
+        f"--stage_c_checkpoint_path={models.stage_c}",
+        f"--effnet_checkpoint_path={models.effnet}",
+        f"--text_model_checkpoint_path={models.text}",
+        f"--train_data_dir={photos}",
+        f"--output_dir={out}",
+        "--output_name=duck",
+        "--resolution=64",
+        "--train_batch_size=2",
+        "--flip_aug",
+        "--shuffle_caption",
+        "--network_module=networks.lora",
+        "--network_dim=4",
+        "--learning_rate=1e-2",
+        "--lr_scheduler=cosine",
+        "--max_train_steps=4",
+        "--max_data_loader_n_workers=0",
+        "--seed=7",
+        *more,
+    ]
+
+
+def digests(folder, names):
+    return {name: tensor_digest(folder / name) for name in names}
+
+
+KILLS = ("step.backward:kill9:2", "step.optimizer_mid:kill9:2", "state.between_files:kill9:3", "save.mid:kill9:3")
+
+
+def test_killed_again_and_again(fork_server, models, photos, tmp_path):
+    more = (*WITH_EVERYTHING, "--save_state", "--save_every_n_steps=1", "--save_last_n_steps=1")
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert run_tool(script.main, *options(models, photos, straight, *more)) == 0
+    argv, deaths = options(models, photos, killed, *more), 0
+    for number, fault in enumerate(KILLS):
+        child = fork_server.run(SCRIPT, [*argv, *(["--resume=latest"] if number else [])], env={"SD_FAULT": fault})
+        assert child.returncode in (-signal.SIGKILL, 0), child.output()
+        deaths += child.returncode != 0
+    assert deaths
+    finished = fork_server.run(SCRIPT, [*argv, "--resume=latest"])
+    assert finished.returncode == 0, finished.output()
+    names = (*FINALS, "duck_ema.safetensors", "duck_ema_fernando.safetensors")
+    assert digests(killed, names) == digests(straight, names)
+    assert len(set(digests(straight, names).values())) == len(names)
+    # Vectors of words go with the networks that they belong to.
+    kept = {path.name for path in straight.glob("duck-step*_fernando.safetensors")}
+    assert kept == {path.stem + "_fernando.safetensors" for path in straight.glob("duck-step*[0-9].safetensors")} | {
+        path.stem + "_fernando.safetensors" for path in straight.glob("duck-step*_ema.safetensors")
+    }
+
+
+def test_changed_words_stop_a_resume(models, photos, tmp_path, capfd):
+    words = ("--train_tokens", "[fernando]=^dog", "--save_state", "--save_every_n_steps=2")
+    assert run_tool(script.main, *options(models, photos, tmp_path, *words)) == 0
+    state = tmp_path / "duck-step00000002-state"
+    other = ("--train_tokens", "[fernando]=^cat", f"--resume={state}")
+    assert run_tool(script.main, *options(models, photos, tmp_path, *other)) == 2
+    assert "train_tokens" in capfd.readouterr().err
+
+
+def test_two_processes_do_what_accumulation_does(models, photos, tmp_path):
+    # Of gradients that are rounding errors AdamW makes whole steps, unless its epsilon is large.
+    more = ("--train_tokens", "[fernando]=^dog", "--max_grad_norm=0", "--optimizer_args", "eps=0.01")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", str(ROOT / SCRIPT)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    two, one = tmp_path / "two", tmp_path / "one"
+    done = subprocess.run(
+        [*command, *options(models, photos, two, *more)],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert run_tool(script.main, *options(models, photos, one, *more, "--gradient_accumulation_steps=2")) == 0
+    left, right = (load_file(folder / FINALS[0]) for folder in (one, two))
+    for name, tensor in left.items():
+        if tensor.is_floating_point():
+            scale = tensor.abs().max().clamp_min(1e-6)
+            assert (tensor - right[name]).abs().max() < 0.02 * scale, name
