@@ -28,7 +28,6 @@ from library.inference.studio import Picture, Studio
 if TYPE_CHECKING:
     from library.inference.generation_networks import NetworkBank
     from library.inference.option_set import GenerationOptions
-    from library.inference.options import PromptSourceOptions
     from library.inference.prompt_sources import PromptSource
     from library.inference.render import DiffusionRenderer
 
@@ -50,6 +49,9 @@ def generate(opts: GenerationOptions) -> None:
     attached = len(sources) > opts.networks.merged_count
     inputs = InputPictures(opts, with_networks=attached)
     prompts = _known_prompts(opts, inputs)
+    run = None if prompts is None else _run(opts, prompts)
+    if run is not None:
+        run.check()
     folder = PictureFolder(opts.files, {"Model": path.stem, "Clip skip": opts.text.clip_skip})
 
     device, dtype = loading.choose_device(), loading.precision(opts.speed)
@@ -62,9 +64,7 @@ def generate(opts: GenerationOptions) -> None:
     bank = prepare_networks(family, sources, dtype, pre_calculate=pre_calculate)
     renderer = make_renderer(opts, family, bank.networks, dtype)
     studio = Studio(make_maker(opts.highres, renderer), bank, folder, batch_size=opts.speed.batch_size)
-    if prompts is None:
-        prompts = _asked_prompts(opts, renderer, bank)
-    run = PromptRun(prompts, _plan(opts.source), defaults(opts), on_problem=_report)
+    run = run or _run(opts, _asked_prompts(opts, renderer, bank))
     logger.info("seed of the run: %d", run.seed)
     if opts.source.interactive:
         # Who types a prompt wants to see its pictures before the next one, whatever the batch size.
@@ -94,16 +94,18 @@ def defaults(opts: GenerationOptions) -> PromptRequest:
     )
 
 
-def _plan(options: PromptSourceOptions) -> PromptPlan:
+def _run(opts: GenerationOptions, source: PromptSource) -> PromptRun:
+    options = opts.source
     if options.interactive and (options.n_iter > 1 or options.shuffle_prompts):
         logger.warning("--n_iter and --shuffle_prompts have no effect: prompts are drawn once, as they are typed")
-    return PromptPlan(
+    plan = PromptPlan(
         seed=options.seed,
         n_iter=1 if options.interactive else options.n_iter,
         images_per_prompt=options.images_per_prompt,
         iter_same_seed=options.iter_same_seed,
         shuffle_prompts=options.shuffle_prompts and not options.interactive,
     )
+    return PromptRun(source, plan, defaults(opts), on_problem=_report)
 
 
 def _known_prompts(opts: GenerationOptions, inputs: InputPictures) -> PromptSource | None:
