@@ -249,6 +249,8 @@ def _read_config_file(config: str, offered: Mapping[str, Option], typed: Mapping
     for key, found in _modern_spelling(dict(values)).items():
         if key in offered and key not in typed:
             _store(reading, offered[key], found.value, f"{found.place}: {key}", found.place)
+        elif key in ELSEWHERE and not found.value:
+            continue  # graphical front ends write all that they know, also what is off
         elif key not in offered and not _refuse_typo(key, found.place, offered, reading):
             foreign.append(key)
     if foreign:

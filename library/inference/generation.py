@@ -55,6 +55,7 @@ def generate(opts: GenerationOptions) -> None:
     folder = PictureFolder(opts.files, {"Model": path.stem, "Clip skip": opts.text.clip_skip})
 
     device, dtype = loading.choose_device(), loading.precision(opts.speed)
+    loading.report_device(device, dtype)
     family = loading.load_family(opts, path, spec, device)
     family.vae.work_in(slices=opts.speed.vae_slices or 1, channels_last=opts.speed.opt_channels_last)
     load_embeddings(family, embeddings)

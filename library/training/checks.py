@@ -162,7 +162,7 @@ def must_exist(option: str, name: str | None, *, folder: bool = False) -> Iterat
     except (OSError, ValueError) as error:
         yield Problem(option, f"{name!r} cannot be looked at ({error})")
         return
-    yield Problem(option, what, _near_names(path))
+    yield Problem(option, what, f"Give a {kind}." if path.exists() else _near_names(path))
 
 
 def _near_names(path: Path) -> str:

@@ -109,7 +109,7 @@ def set_up(run: Run, family: ModelFamily, method: Method, data: TrainingData, op
     else:
         advance_schedule(lr_schedule, begin.position.step)
     method.enter_step(begin.position.step)
-    if opts.memory.torch_compile:
+    if opts.memory.torch_compile and opts.memory.dynamo_backend is not None:
         family.compile(opts.memory.dynamo_backend)
     stepper = run.stepper(built)
     parts = StateParts(
