@@ -115,7 +115,8 @@ def _missing(options: TrainingOptions) -> Iterator[Problem]:
             yield Problem("--output_dir", "is required", "Give the folder for models and sample images.")
     if not (data.dataset_config or data.train_data_dir or data.in_json or data.dataset_class):
         yield Problem("--train_data_dir", "no training data named", "Give --train_data_dir or --dataset_config.")
-    if not (data.dataset_config or data.resolution):
+    # Metadata that were prepared name their buckets, which shows when they are read.
+    if not (data.dataset_config or data.in_json or data.resolution):
         yield Problem("--resolution", "is required", "Give a size, such as --resolution 512.")
 
 
