@@ -74,6 +74,12 @@ def safe_text(text: Any, *, keep_newlines: bool = False) -> str:
     )
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: `1 batch`, `2,000 batches`."""
+    plural = "" if number == 1 else "es" if noun.endswith(("s", "ch")) and noun != "epoch" else "s"
+    return f"{number:,} {noun}{plural}"
+
+
 def make_streams_safe() -> None:
     """Let stdout and stderr replace what the console's encoding cannot show."""
     for stream in (sys.stdout, sys.stderr):

@@ -259,6 +259,8 @@ def _read_config_file(
     for key, found in _modern_spelling(dict(values)).items():
         if key in offered and key not in typed:
             _store(reading, offered[key], found.value, f"{found.place}: {key}", found.place)
+        elif key in ELSEWHERE and not found.value:
+            continue  # graphical front ends write all that they know, also what is off
         elif key not in offered and not _refuse_typo(key, found.place, offered, reading):
             foreign.append(key)
     if foreign:

@@ -213,7 +213,7 @@ def _unreachable(error: BaseException, where: str, near: str) -> UserError:
         return UserError(f"{what}, and the hub has none of that name (or it is private)", near, where=where)
     offline = isinstance(error, errors.OfflineModeIsEnabled)
     reason = "offline mode is on" if offline else "the hub cannot be reached"
-    command = f"huggingface-cli download {where.split(' ')[-1]}"
+    command = f"hf download {where.split(' ')[-1]}"
     near = near if near.endswith(("?", ".")) or not near else f"{near}."
     hint = f"{near} Download it where there is a network ({command}), or give a local file or folder".strip()
     return UserError(f"{what}, which is not in the local cache, and {reason}", hint, where=where)

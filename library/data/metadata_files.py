@@ -64,6 +64,20 @@ def read_metadata(path: str) -> list[MetadataEntry]:
     return entries
 
 
+def prepared_resolution(path: str) -> str | None:
+    """Return the largest bucket that a metadata file names, as `width,height`; None unless all entries name one.
+
+    Raises:
+        UserError: as `read_metadata`.
+    """
+    sizes = [entry.train_resolution for entry in read_metadata(path)]
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(sizes):
+        return None
+    width, height = max(known, key=lambda size: (size[0] * size[1], size))
+    return f"{width},{height}"
+
+
 def read_table(path: str | Path) -> Table:
     """Return all entries of a metadata file by image key, in the order of the file, as they are written.
 

@@ -14,6 +14,7 @@ from library.data.dataset import TrainingData
 from library.data.dataset_config import load_dataset_specs
 from library.data.dataset_spec import DatasetSpec
 from library.data.foreign import open_foreign
+from library.data.metadata_files import prepared_resolution
 from library.data.options import CacheOptions, DatasetOptions, SubsetOptions
 from library.data.records import RecordTable
 from library.data.scan import ScanContext, ScanResult, scan_datasets
@@ -55,6 +56,10 @@ def open_data(
         warn_of_unused_caches(cache)
         # It offers what training uses of `TrainingData`.
         return cast(TrainingData, open_foreign(data, spec, tokenizers))
+    if data.in_json and not (data.resolution or data.dataset_config):
+        data = replace(data, resolution=prepared_resolution(data.in_json))
+        if data.resolution:
+            _log.info("no --resolution: %s, the largest bucket of --in_json", data.resolution.replace(",", "x"))
     specs = load_dataset_specs(
         data, subset, kinds=kinds, bucket_step_multiple=spec.bucket_step_multiple, in_json=data.in_json
     )

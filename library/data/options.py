@@ -343,7 +343,7 @@ class CacheOptions(OptionGroup, title="cache", resume="free"):
         help="Keep the encoded images in .npz files for later runs; switches --cache_latents on.",
     )
     # The last bits of a latent depend on how many pictures share its batch.
-    vae_batch_size: int = opt(1, at_least=1, resume="exact", help="Images that the VAE encodes at once when caching.")
+    vae_batch_size: int = opt(1, at_least=0, resume="exact", help="Images that the VAE encodes at once when caching.")
     cache_text_encoder_outputs: bool = opt(
         False,
         help="Run the text encoder, which must not be trained, once over all captions before training. Where they need "

@@ -253,6 +253,11 @@ class _Scanner:
         _log.info(
             "data set %d: %d buckets of the metadata (train_resolution) are used", spec.index + 1, len(resolutions)
         )
+        largest = max(resolutions, key=lambda size: size[0] * size[1])
+        share = largest[0] * largest[1] / (spec.resolution_wh[0] * spec.resolution_wh[1])
+        if not 0.5 <= share <= 2:
+            given, used = (f"{width}x{height}" for width, height in (spec.resolution_wh, largest))
+            _log.warning("resolution %s has no effect: the metadata name buckets of up to %s", given, used)
         assigned = {size: bucket for part in reversed(rows) for size, bucket in part.prepared.items()}
         return BucketChooser(spec, resolutions, assigned)
 

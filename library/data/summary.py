@@ -12,6 +12,7 @@ import numpy as np
 
 from library.data.buckets import bucket_info
 from library.data.captions import readable
+from library.log import counted
 
 if TYPE_CHECKING:
     from library.data.dataset import TrainingData
@@ -75,9 +76,10 @@ def describe(data: TrainingData) -> Iterator[str]:
         here = table.datasets == spec.index
         reg = here & table.is_reg
         yield (
-            f"data set {spec.index + 1}: {int(here.sum())} images ({int(table.repeats[here].sum())} with repeats"
+            f"data set {spec.index + 1}: {counted(int(here.sum()), 'image')} "
+            f"({int(table.repeats[here].sum())} with repeats"
             + (f", {int(table.repeats[reg].sum())} of them regularization" if reg.any() else "")
-            + f"), {data.planner.batches_of_dataset(spec.index)} batches of {spec.batch_size}, "
+            + f"), {counted(data.planner.batches_of_dataset(spec.index), 'batch')} of {spec.batch_size}, "
             + f"resolution {spec.resolution_wh[0]}x{spec.resolution_wh[1]}"
         )
         if spec.enable_bucket:
@@ -85,7 +87,7 @@ def describe(data: TrainingData) -> Iterator[str]:
             sizes = (f"{b['resolution'][0]}x{b['resolution'][1]}: {b['count']}" for b in info["buckets"].values())
             yield f"  buckets {', '.join(sizes)}; mean aspect ratio error {info['mean_img_ar_error']:.4f}"
     if data.validation is not None:
-        yield f"validation: {len(data.validation.table)} images"
+        yield f"validation: {counted(len(data.validation.table), 'image')}"
 
 
 def folder_name(subset: SubsetSpec) -> str:

@@ -14,7 +14,7 @@ from library.inference.cascade_control import ControlPictures, open_controls
 from library.inference.cascade_decoders import PreviewDecoder, StageBDecoder, StageBSettings
 from library.inference.cascade_extensions import CascadeExtension, ImageVariation, StartPictures
 from library.inference.cascade_loading import CascadeParts, Placement
-from library.inference.drawing import Workshop, asked_prompts, draw_prompts, known_prompts
+from library.inference.drawing import Workshop, asked_prompts, draw_prompts, known_prompts, planned
 from library.inference.options_cascade import STAGE_B, CascadeGenerationOptions
 from library.inference.outputs import PictureFolder
 from library.inference.picture_inputs import InputPictures, PictureFiles, opened
@@ -48,6 +48,7 @@ def generate(opts: CascadeGenerationOptions) -> None:
     inputs = InputPictures(_picture_files(opts))
     source = _prompt_options(opts)
     prompts = _known_prompts(opts, source, inputs)
+    run = None if prompts is None else planned(prompts, source, defaults(opts), CASCADE_GENERATION)
     folder = PictureFolder(opts.files, {"Model": Path(opts.model.stage_c_checkpoint_path or "").stem})
 
     place = _placement(opts)
@@ -80,9 +81,10 @@ def generate(opts: CascadeGenerationOptions) -> None:
         return [Stage("", requests, renderer.render(requests, given, watch=watch))]
 
     studio = Studio(make, bank, folder, batch_size=opts.speed.batch_size)
-    if prompts is None:
+    if run is None:
         prompts = asked_prompts(source, opts.values(), renderer, bank.networks)
-    draw_prompts(prompts, source, defaults(opts), Workshop(studio, inputs, folder), CASCADE_GENERATION)
+        run = planned(prompts, source, defaults(opts), CASCADE_GENERATION)
+    draw_prompts(run, Workshop(studio, inputs, folder), one_by_one=source.interactive)
 
 
 def defaults(opts: CascadeGenerationOptions) -> PromptRequest:

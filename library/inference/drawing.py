@@ -68,32 +68,41 @@ def asked_prompts(
     return InteractiveSource(_ask)
 
 
-def draw_prompts(
-    prompts: PromptSource,
-    source: PromptSourceOptions,
-    defaults: PromptRequest,
-    workshop: Workshop,
-    place: Place = GENERATION,
-) -> None:
-    """Draw all prompts, and tell what went wrong.
+def planned(
+    prompts: PromptSource, source: PromptSourceOptions, defaults: PromptRequest, place: Place = GENERATION
+) -> PromptRun:
+    """Return the pictures of a run, planned; prompts that are known already are read once.
 
     Args:
         prompts: what to draw.
         source: how often.
         defaults: what prompts leave open.
-        workshop: what draws.
         place: decides which options prompts have.
+
+    Raises:
+        UserError: none of the known prompts can be used.
+    """
+    run = PromptRun(prompts, _plan(source), defaults, place=place, on_problem=_report)
+    run.check()
+    return run
+
+
+def draw_prompts(run: PromptRun, workshop: Workshop, *, one_by_one: bool = False) -> None:
+    """Draw all prompts, and tell what went wrong.
+
+    Args:
+        run: the pictures.
+        workshop: what draws.
+        one_by_one: somebody types prompts, and wants to see the pictures of each before the next, whatever the batch.
 
     Raises:
         UserError: at the end, if some pictures could not be made.
         StopTraining: Ctrl-C, or a picture could not be saved.
     """
     studio, inputs = workshop.studio, workshop.inputs
-    run = PromptRun(prompts, _plan(source), defaults, place=place, on_problem=_report)
     logger.info("seed of the run: %d", run.seed)
     pictures = (_pictures(studio, inputs, run.pictures_before, group) for group in run.groups())
-    if source.interactive:
-        # Who types a prompt wants to see its pictures before the next one, whatever the batch size.
+    if one_by_one:
         for group in pictures:
             studio.draw(group)
     else:

@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from library.inference import loading
-from library.inference.drawing import Workshop, asked_prompts, draw_prompts, known_prompts
+from library.inference.drawing import Workshop, asked_prompts, draw_prompts, known_prompts, planned
 from library.inference.generation_networks import (
     check_networks,
     load_embeddings,
@@ -40,9 +40,11 @@ def generate(opts: GenerationOptions) -> None:
     embeddings = read_embeddings(opts.networks.textual_inversion_embeddings)
     inputs = InputPictures(named_files(opts))
     prompts = known_prompts(opts.source, inputs)
+    run = None if prompts is None else planned(prompts, opts.source, defaults(opts))
     folder = PictureFolder(opts.files, {"Model": path.stem, "Clip skip": opts.text.clip_skip})
 
     device, dtype = loading.choose_device(), loading.precision(opts.speed)
+    loading.report_device(device, dtype)
     family = loading.load_family(opts, path, spec, device)
     family.vae.work_in(slices=opts.speed.vae_slices or 1, channels_last=opts.speed.opt_channels_last)
     load_embeddings(family, embeddings)
@@ -52,9 +54,10 @@ def generate(opts: GenerationOptions) -> None:
     bank = prepare_networks(family, sources, dtype, pre_calculate=pre_calculate)
     renderer = make_renderer(opts, family, bank.networks, dtype)
     studio = Studio(make_maker(opts.highres, renderer), bank, folder, batch_size=opts.speed.batch_size)
-    if prompts is None:
+    if run is None:
         prompts = asked_prompts(opts.source, opts.values(), renderer, bank.networks)
-    draw_prompts(prompts, opts.source, defaults(opts), Workshop(studio, inputs, folder))
+        run = planned(prompts, opts.source, defaults(opts))
+    draw_prompts(run, Workshop(studio, inputs, folder), one_by_one=opts.source.interactive)
 
 
 def defaults(opts: GenerationOptions) -> PromptRequest:

@@ -110,6 +110,15 @@ def choose_device() -> torch.device:
     return torch.device("cpu")
 
 
+def report_device(device: torch.device, dtype: torch.dtype) -> None:
+    """Say when no GPU is used: one that PyTorch does not see would show in the speed only."""
+    if device.type != "cpu":
+        return
+    logger.info("drawing without GPU")
+    if dtype == torch.float16:
+        logger.warning("--fp16: no GPU is used, and processors are slow in float16")
+
+
 def precision(options: SpeedOptions) -> torch.dtype:
     """Return the number format to calculate in."""
     if options.fp16:

@@ -309,7 +309,8 @@ class NetworkUseOptions(OptionGroup, title="networks"):
         for name in ("network_module", "network_mul", "network_args"):
             given = len(getattr(self, name))
             if given > count:
-                yield Problem(f"--{name}", f"{given} values for {count} of --network_weights")
+                hint = "" if count else "Give the files with --network_weights."
+                yield Problem(f"--{name}", f"{given} values for {count} of --network_weights", hint)
         if self.network_merge_n_models is not None and self.network_merge_n_models > count > 0:
             yield Problem("--network_merge_n_models", f"there are only {count} of --network_weights")
         for name in self.network_weights:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from library.errors import Problem, UserError
+from library.errors import Problem, UserError, raise_problems
 from library.inference.dynamic_prompts import close_braces, expand, is_dynamic
 from library.inference.prompt_files import PromptEntry
 from library.inference.prompt_options import GENERATION, Place
@@ -115,6 +115,24 @@ class PromptRun:
                     pictures += len(group)
                     now.pictures = pictures
                     yield group
+
+    def check(self) -> None:
+        """Read the prompts once, where they are known already, so that mistakes are told before a model is loaded.
+
+        Raises:
+            UserError: none of them can be used.
+        """
+        if self._source.count is None:
+            return
+        tell, found = self._on_problem, list[Problem]()
+        self._on_problem = found.append
+        now = Round(0, random.Random(self.seed))
+        usable = [bool(self._group(entry, index, now)) for index, entry in enumerate(self._source.entries(now))]
+        self._on_problem = tell
+        if not any(usable):
+            raise_problems(found)
+        for problem in found:
+            tell(problem)
 
     def _group(self, entry: PromptEntry, index: int, now: Round) -> list[PromptRequest]:
         try:

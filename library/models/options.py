@@ -46,6 +46,11 @@ def token_length(value: Any) -> int | None:
     return int(value)
 
 
+def dynamo_backend(value: Any) -> str | None:
+    """Read `--dynamo_backend`: `no`, which accelerate and files of graphical front ends say, compiles nothing."""
+    return None if str(value).lower() == "no" else str(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(OptionGroup, title="model"):
     """Which files the model is made of."""
@@ -136,10 +141,11 @@ class MemoryOptions(OptionGroup, title="memory", resume="free"):
     lowram: bool = opt(False, metadata_key="ss_lowram", help="Load models straight onto the GPU, sparing main memory.")
     highvram: bool = opt(False, help="Do not give cached GPU memory back between phases.")
     torch_compile: bool = opt(False, resume="exact", help="Compile the model with torch.compile.")
-    dynamo_backend: str = opt(
+    dynamo_backend: str | None = opt(
         "inductor",
         resume="exact",
         choices=DYNAMO_BACKENDS,
+        convert=dynamo_backend,
         matters_when={"torch_compile": ()},
         help="Backend of torch.compile.",
     )
@@ -149,10 +155,12 @@ class MemoryOptions(OptionGroup, title="memory", resume="free"):
         asked = [name for name in ("mem_eff_attn", "xformers", "sdpa") if getattr(self, name)]
         for name in asked[1:]:
             yield Problem(f"--{name}", f"has no effect, since --{asked[0]} is given")
+        if self.torch_compile and self.dynamo_backend is None:
+            yield Problem("--torch_compile", "has no effect with --dynamo_backend no")
 
     def check(self) -> Iterator[Problem]:
         """Refuse compile backends that are gone or not installed."""
-        if not self.torch_compile:
+        if not self.torch_compile or self.dynamo_backend is None:
             return
         from importlib.util import find_spec
 

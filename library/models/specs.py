@@ -95,7 +95,9 @@ def stable_diffusion_spec(model: ModelOptions) -> FamilySpec:
 
     if not _HUB_ID.fullmatch(name):
         raise UserError("no such file or folder", near_names(path), where=f"{_OPTION} {name}")
-    logger.info("%s: no such path here (%s), so it is taken for a hub id", name, near_names(path))
+    near = near_names(path)
+    if near.startswith("Did you mean"):
+        logger.info("%s: no such path here, so it is taken for a hub id. %s", name, near)
     return spec
 
 

@@ -113,7 +113,8 @@ def _missing(options: TrainingOptions) -> Iterator[Problem]:
             yield Problem("--output_dir", "is required", "Give the folder for models and sample images.")
     if not (data.dataset_config or data.train_data_dir or data.in_json or data.webdataset_path or data.dataset_class):
         yield Problem("--train_data_dir", "no training data named", "Give --train_data_dir or --dataset_config.")
-    if not (data.dataset_config or data.resolution):
+    # Metadata that were prepared name their buckets, which shows when they are read.
+    if not (data.dataset_config or data.in_json or data.resolution):
         yield Problem("--resolution", "is required", "Give a size, such as --resolution 512.")
 
 
@@ -160,7 +161,7 @@ def must_exist(option: str, name: str | None, *, folder: bool = False) -> Iterat
     except (OSError, ValueError) as error:
         yield Problem(option, f"{name!r} cannot be looked at ({error})")
         return
-    yield Problem(option, what, _near_names(path))
+    yield Problem(option, what, f"Give a {kind}." if path.exists() else _near_names(path))
 
 
 def _near_names(path: Path) -> str:

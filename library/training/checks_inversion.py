@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _TOKEN = "--token_string"
+_FIXED_RATE = frozenset(("", "adamw", "adamw8bit", "lion", "lion8bit"))
 _DROPPING = ("caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate")
 
 
@@ -45,6 +46,10 @@ def warn_inversion(options: InversionTrainingOptions) -> Iterator[Problem]:
     """Yield what is probably not meant."""
     if "fused_backward_pass" in options.given:
         yield Problem("--fused_backward_pass", "has no effect: the gradients of a few vectors take no memory")
+    rate, kind = options.optimizer.learning_rate, options.optimizer.optimizer_type or ""
+    if "learning_rate" not in options.given and kind.lower() in _FIXED_RATE:
+        what = f"is {rate:g}, the default made for whole models, which hardly moves a vector"
+        yield Problem("--learning_rate", what, "5e-3 is a good start.")
 
 
 def check_captions(data: TrainingData, word: str) -> None:

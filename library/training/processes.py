@@ -106,7 +106,8 @@ class Processes:
     def report_world_size(self) -> None:
         """Log the number of processes, and warn when it is not what the launcher asked for."""
         requested = int(os.environ.get("WORLD_SIZE", "1"))
-        logger.info("running on %d process%s", self.world_size, "" if self.world_size == 1 else "es")
+        plural = "" if self.world_size == 1 else "es"
+        logger.info("running on %d process%s, %s", self.world_size, plural, _device_name(self.device))
         if requested != self.world_size:
             logger.warning("the launcher asked for %d processes, but %d run", requested, self.world_size)
 
@@ -121,6 +122,13 @@ class Processes:
     def from_node_leader(self, value: Any) -> Any:
         """Return the `value` of the first process of this node."""
         return self.ranks.gather(value)[self.rank - self.local_rank]
+
+
+def _device_name(device: torch.device) -> str:
+    """Say what computes: without this line a GPU that PyTorch does not see shows in the speed only."""
+    if device.type == "cpu":
+        return "without GPU"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def make_accelerator(distributed: DistributedOptions, *handlers: Any, plugin: Any = None, accumulation: int = 1) -> Any:

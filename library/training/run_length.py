@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from library.contracts import RunLength
 from library.errors import UserError
+from library.log import counted
 
 if TYPE_CHECKING:
     from library.data.dataset import TrainingData
@@ -57,12 +58,12 @@ def length_report(length: RunLength, *, samples_per_epoch: int) -> list[str]:
     updates, per_update = length.updates_per_epoch, length.micro_batches_per_update
     images = samples_per_epoch / updates
     lines = [
-        f"{_count(length.total_steps, 'update')} in {_count(length.epochs, 'epoch')}; an epoch: "
-        f"{_count(samples_per_epoch, 'image')}, {_count(length.batches_per_epoch, 'batch')}, "
-        f"{_count(updates, 'update')}",
-        f"an update: {_count(per_update, 'batch')} ({_count(length.world_size, 'process')} x accumulation "
-        f"{length.accumulation}), {images:.4g} images on average; the run: about "
-        f"{round(images * length.total_steps):,} images",
+        f"{counted(length.total_steps, 'update')} in {counted(length.epochs, 'epoch')}; an epoch: "
+        f"{counted(samples_per_epoch, 'image')}, {counted(length.batches_per_epoch, 'batch')}, "
+        f"{counted(updates, 'update')}",
+        f"an update: {counted(per_update, 'batch')} ({counted(length.world_size, 'process')} x accumulation "
+        f"{length.accumulation}), {images:.4g} image{'' if images == 1 else 's'} on average; the run: about "
+        f"{counted(round(images * length.total_steps), 'image')}",
     ]
     rest = length.batches_per_epoch % per_update
     if rest:
@@ -71,11 +72,6 @@ def length_report(length: RunLength, *, samples_per_epoch: int) -> list[str]:
             "--gradient_accumulation_steps and processes that divide the number of batches if that matters"
         )
     return lines
-
-
-def _count(number: int, noun: str) -> str:
-    plural = "" if number == 1 else "es" if noun.endswith(("s", "ch")) and noun != "epoch" else "s"
-    return f"{number:,} {noun}{plural}"
 
 
 def report_data(data: TrainingData, opts: TrainingOptions) -> None:

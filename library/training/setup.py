@@ -116,7 +116,7 @@ def set_up(run: Run, family: ModelFamily, method: Method, data: TrainingData, op
     else:
         advance_schedule(lr_schedule, begin.position.step)
     method.enter_step(begin.position.step)
-    if opts.memory.torch_compile:
+    if opts.memory.torch_compile and opts.memory.dynamo_backend is not None:
         family.compile(opts.memory.dynamo_backend)
     stepper = run.stepper(built)
     # Made of the weights as they are now: in a run that is resumed the state brings its own average.

@@ -106,7 +106,7 @@ def test_old_names_and_options_of_older_scripts(tmp_path):
         (["--ckpt=m"], "there is no prompt"),
         (["--prompt=a cat"], "--ckpt: is required"),
         ([*START, "--from_file=none.txt"], "--from_file: cannot be combined with --prompt"),
-        ([*START, "--network_mul", "0.5"], "--network_mul: 1 values for 0 of --network_weights"),
+        ([*START, "--network_mul", "0.5"], "--network_mul: 1 values for 0 of --network_weights. Give the files"),
         ([*START, "--network_weights", "none.safetensors"], "--network_weights none.safetensors: no such file"),
         ([*START, "--network_merge"], "--network_merge: needs --network_weights"),
         ([*START, "--mask_path=."], "--mask_path: is a mask of --image_path, or of the regions"),

@@ -128,6 +128,19 @@ def test_latents_that_do_not_fit_are_refused_when_the_images_are_gone(base_optio
     assert gone.stem in message and "the picture is gone" in message and "other resolution" in message
 
 
+def test_prepared_metadata_say_the_resolution(base_options, pictures, metadata, tmp_path, caplog):
+    """As the command lines of old guides have it: buckets come from the metadata, and no option names a size."""
+    entries = json.loads(metadata.read_text())
+    options = [option for option in base_options if "reso" not in option and "bucket" not in option]
+    assert fine_tune(*options) == 2
+    for entry in entries.values():
+        entry["train_resolution"] = [64, 128]
+    metadata.write_text(json.dumps(entries))
+    prepared = digest_of(options, tmp_path / "without")
+    assert digest_of(options, tmp_path / "with", "--resolution=64,128") == prepared
+    assert "has no effect" not in caplog.text
+
+
 def test_transparent_parts_are_not_trained(base_options, pictures, metadata, tiny_sd1, tmp_path):
     """Pictures that are transparent everywhere teach nothing with --alpha_mask, and something without."""
     for path in list(pictures.glob("*.jpg")):

@@ -57,6 +57,12 @@ def cat(tiny_sd1, tmp_path_factory):
     return Image.open(next(folder.glob("*.png")))
 
 
+def test_without_a_usable_prompt_no_model_is_loaded(draw, monkeypatch):
+    monkeypatch.setattr("library.inference.loading.load_family", None)
+    code, _, error = draw("--prompt=a cat --zz 4")
+    assert (code, "unknown '--zz'" in error) == (2, True), error
+
+
 def levels(image):
     return np.asarray(image.convert("RGB")).astype(int)
 

@@ -132,6 +132,10 @@ def test_keys_of_other_tools_give_one_warning(config):
     assert options.car.seats == 5
 
 
+def test_keys_of_other_tools_that_are_off_need_no_word(config):
+    assert config('noise_offset_type = ""\nsdxl = false\nnetwork_dim = 0').warnings == ()
+
+
 @pytest.mark.parametrize(
     ("text", "position", "hint"),
     [

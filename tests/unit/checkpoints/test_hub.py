@@ -46,9 +46,7 @@ def test_a_path_that_does_not_exist_is_no_hub_id(tmp_path, monkeypatch, name):
 
 def test_offline_the_message_says_so_at_once():
     start = time.monotonic()
-    with pytest.raises(
-        UserError, match="taken for a hub model.*offline mode is on.*huggingface-cli download owner/model"
-    ):
+    with pytest.raises(UserError, match="taken for a hub model.*offline mode is on.*hf download owner/model"):
         hub.resolve_model("owner/model")
     assert time.monotonic() - start < 10
 

@@ -122,4 +122,4 @@ def test_a_missing_model_is_said_in_one_line(tmp_path, capsys):
     assert run(pictures) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(lines) == 1
-    assert re.search("--model_id microsoft/git-large-textcaps: .*offline mode is on.*huggingface-cli", lines[0])
+    assert re.search("--model_id microsoft/git-large-textcaps: .*offline mode is on.*hf download", lines[0])

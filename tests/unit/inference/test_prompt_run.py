@@ -108,6 +108,17 @@ def test_bad_lines_are_told_once_and_the_others_drawn(caplog):
     assert "prompt skipped: line 1" in caplog.text
 
 
+def test_prompts_can_be_checked_before_they_are_drawn(caplog):
+    run = run_of("a cat --zz", "a dog", seed=5)
+    run.check()
+    assert caplog.text.count("line 1") == 1
+    assert [request.prompt for request in run] == ["a dog"]
+    assert caplog.text.count("line 1") == 1
+    assert [request.seed for request in run] == [request.seed for request in run_of("a cat --zz", "a dog", seed=5)]
+    with pytest.raises(UserError, match="'--zz'(.|\n)*--s is 'x'"):
+        run_of("a cat --zz", "a dog --s x").check()
+
+
 def test_notes(caplog):
     list(run_of("fox --ow 3", "a } fox", "bear --d 1", images_per_prompt=2))
     assert "line 1: --ow has no effect" in caplog.text

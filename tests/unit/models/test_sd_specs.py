@@ -77,7 +77,15 @@ def test_without_a_model_the_flags_decide():
 def test_hub_ids_are_left_for_later(caplog):
     with caplog.at_level(logging.INFO):
         assert spec_of("somebody/some-model") == specs.SD1
-    assert "taken for a hub id" in caplog.text
+    assert caplog.text == ""
+
+
+def test_a_hub_id_with_a_similar_path_is_mentioned(tmp_path, monkeypatch, caplog):
+    (tmp_path / "models" / "my_model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level(logging.INFO):
+        assert spec_of("models/my_modell") == specs.SD1
+    assert "taken for a hub id. Did you mean my_model?" in caplog.text
 
 
 def header_only(path, tensors):

@@ -167,6 +167,7 @@ def test_fused_backward_pass_works_alone_but_not_on_two_processes(problems, base
         ),
         ("--face_crop_aug_range=1,2 --enable_bucket", "--face_crop_aug_range: has no effect"),
         ("--wandb_api_key=abc", "--wandb_api_key: has no effect without --log_with wandb or all."),
+        ("--torch_compile --dynamo_backend=no", "--torch_compile: has no effect with --dynamo_backend no."),
         ("--zero_stage=3", "--zero_stage: has no effect without --deepspeed."),
     ],
 )
@@ -189,6 +190,8 @@ def test_doubted(warnings, problems, words, message):
         "--lr_scheduler=linear --lr_warmup_steps=5%",
         "--min_timestep=0 --max_timestep=1000",
         "--stop_text_encoder_training=-1",
+        "--dynamo_backend=no",
+        "--vae_batch_size=0",
         "--pretrained_model_name_or_path=runwayml/stable-diffusion-v1-5",
     ],
 )
