@@ -84,6 +84,17 @@ def no_model(paths: Sequence[Path], inputs: Any) -> list[str]:
     return ["a caption"] * len(paths)
 
 
+def busy_rows(found: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return what a job over pictures measured: how many, how busy the model was, how fast."""
+    what = f"pictures of {args.megapixels:g} megapixels, {args.workers} workers"
+    busy = found.busy_seconds / found.seconds
+    return [
+        {"what": what, "value": found.done, "limit": ""},
+        {"what": "model busy, share of wall time", "value": busy, "limit": "at least 0.9"},
+        {"what": "pictures per second", "value": found.done / found.seconds, "limit": ""},
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=96)
@@ -106,17 +117,8 @@ def main() -> None:
         captioner = Captioner(model, decoding, prompt=None, root=folder)
         found = caption(folder, captioner, args, captioner.work)
         bare = caption(folder, captioner, args, no_model)
-    busy = found.busy_seconds / found.seconds
-    rows = [
-        {
-            "what": f"pictures of {args.megapixels:g} megapixels, {args.workers} workers",
-            "value": found.done,
-            "limit": "",
-        },
-        {"what": "model busy, share of wall time", "value": busy, "limit": "at least 0.9"},
-        {"what": "pictures per second", "value": found.done / found.seconds, "limit": ""},
-        {"what": "pictures per second that loading can serve", "value": bare.done / bare.seconds, "limit": ""},
-    ]
+    served = {"what": "pictures per second that loading can serve", "value": bare.done / bare.seconds, "limit": ""}
+    rows = [*busy_rows(found, args), served]
     report(f"captioning_{args.size}", rows, args.output)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.captioning import make_photographs  # noqa: E402
+from benchmarks.captioning import busy_rows, make_photographs  # noqa: E402
 from benchmarks.report import report  # noqa: E402
 
 WIDTH, WIDE, PATCH, TAGS = 768, 3072, 16, 9083
@@ -81,16 +81,7 @@ def main() -> None:
         tagger = random_tagger(Path(name) / "tagger", args.blocks)
         words = [folder, "--local_model", tagger, "--batch_size", args.batch]
         found = tag_pictures(parse(Options, [*map(str, words), "--max_data_loader_n_workers", str(args.workers)]))
-    rows = [
-        {
-            "what": f"pictures of {args.megapixels:g} megapixels, {args.workers} workers",
-            "value": found.done,
-            "limit": "",
-        },
-        {"what": "model busy, share of wall time", "value": found.busy_seconds / found.seconds, "limit": ">= 0.9"},
-        {"what": "pictures per second", "value": found.done / found.seconds, "limit": ""},
-    ]
-    report("tagging", rows, args.output)
+    report("tagging", busy_rows(found, args), args.output)
 
 
 if __name__ == "__main__":

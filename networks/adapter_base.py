@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.randomness import derive
+from networks.chance import initial_generator
 from networks.targets import Target
 
 Region = Callable[[bool, Tensor], "Tensor | float"]
@@ -104,7 +104,7 @@ class Adapter(nn.Module):
 
     def generator(self, what: str = "") -> torch.Generator:
         """Return the generator that initial values come from: a function of torch's seed and this adapter's name."""
-        return torch.Generator().manual_seed(derive(torch.initial_seed() & (2**63 - 1), "init", self.name, what) >> 1)
+        return initial_generator(self.name, what)
 
     def attach(self) -> None:
         """Put the adapter into the layer's forward pass; it adds to what other adapters there do."""

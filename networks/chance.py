@@ -1,7 +1,7 @@
-"""What adapters leave out by chance in a step: draws from torch's global generators.
+"""Chance in networks: initial values, and what adapters leave out in a step.
 
-The trainer seeds those before every micro-batch, and gradient checkpointing and compilation know how to draw from them
-again, which no generator of our own would give.
+What is left out is drawn from torch's global generators. The trainer seeds those before every micro-batch, and gradient
+checkpointing and compilation know how to draw from them again, which no generator of our own would give.
 """
 
 from __future__ import annotations
@@ -10,6 +10,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from library.randomness import derive
+
+
+def initial_generator(*names: str) -> torch.Generator:
+    """Return the generator of initial values: a function of torch's seed and the names of what gets them."""
+    return torch.Generator().manual_seed(derive(torch.initial_seed() & (2**63 - 1), "init", *names) >> 1)
 
 
 def uniform(shape: Sequence[int], device: torch.device) -> Tensor:

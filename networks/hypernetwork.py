@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from library.checkpoints.hypernetwork_file import ROLES, HypernetworkFile, read_hypernetwork, write_hypernetwork
 from library.errors import Problem, UserError
 from library.option_values import BadValue
-from library.randomness import derive
+from networks.chance import initial_generator
 from networks.network_args import Keys, problems_of, read_arguments
 
 logger = logging.getLogger(__name__)
@@ -201,8 +201,7 @@ def _initialise(name: str, parameter: nn.Parameter) -> None:
         if parameter.dim() == 1:
             parameter.zero_()
             return
-        generator = torch.Generator().manual_seed(derive(torch.initial_seed() & (2**63 - 1), "init", name) >> 1)
-        parameter.copy_(torch.empty(parameter.shape).normal_(std=SPREAD, generator=generator))
+        parameter.copy_(torch.empty(parameter.shape).normal_(std=SPREAD, generator=initial_generator(name)))
 
 
 def _key_layers(unet: Any) -> Iterator[Any]:

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -106,6 +107,22 @@ class ForkServer:
         child = self.start(target, arguments, env=env)
         child.wait(timeout)
         return child
+
+    def run_killed(self, target: str, arguments: list[str], faults: Sequence[str]) -> int:
+        """Run a training, killed at one fault after the other, resumed each time; then once more to its end.
+
+        Returns:
+            How many of the runs died, since some may end before their fault.
+        """
+        deaths = 0
+        for number, fault in enumerate(faults):
+            again = ["--resume=latest"] if number else []
+            child = self.run(target, [*arguments, *again], env={"SD_FAULT": fault})
+            assert child.returncode in (-signal.SIGKILL, 0), f"{fault}: {child.output()}"
+            deaths += child.returncode != 0
+        finished = self.run(target, [*arguments, "--resume=latest"])
+        assert finished.returncode == 0, finished.output()
+        return deaths
 
     def close(self) -> None:
         """End the server and all that it started."""

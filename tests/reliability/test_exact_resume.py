@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -116,17 +115,6 @@ FAULTS = (
 )
 
 
-def resumed_until_done(fork_server, argv, faults) -> None:
-    """Run, killed at one fault after the other; then once to the end."""
-    for number, fault in enumerate(faults):
-        child = fork_server.run(
-            "train_db.py", [*argv, *(["--resume=latest"] if number else [])], env={"SD_FAULT": fault}
-        )
-        assert child.returncode in (-signal.SIGKILL, 0), f"{fault}: {child.output()}"
-    finished = fork_server.run("train_db.py", [*argv, "--resume=latest"])
-    assert finished.returncode == 0, finished.output()
-
-
 def test_killed_at_every_fault_point_and_resumed(fork_server, tiny_sd1, photo_folders, tmp_path):
     """SIGKILL between saves, inside a save and inside a step; `--resume latest` finds the newest whole state."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
@@ -135,7 +123,7 @@ def test_killed_at_every_fault_point_and_resumed(fork_server, tiny_sd1, photo_fo
     for fault in FAULTS:
         out = killed / fault.replace(":", "_")
         argv = options(tiny_sd1, photo_folders, out, *saving)
-        resumed_until_done(fork_server, argv, [fault])
+        fork_server.run_killed("train_db.py", argv, [fault])
         assert tensor_digest(out / FINAL) == tensor_digest(straight / FINAL), fault
 
 
@@ -143,7 +131,7 @@ def test_killed_again_and_again_with_workers_and_caches(fork_server, tiny_sd1, p
     more = ["--save_state", "--save_every_n_steps=1", "--max_data_loader_n_workers=2", "--cache_latents_to_disk"]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     argv = options(tiny_sd1, photo_folders, killed, *more)
-    resumed_until_done(fork_server, argv, ["cache.mid:kill9:2", "step.forward:kill9:3", "step.after:kill9:2"])
+    fork_server.run_killed("train_db.py", argv, ["cache.mid:kill9:2", "step.forward:kill9:3", "step.after:kill9:2"])
     child = fork_server.run("train_db.py", options(tiny_sd1, photo_folders, straight, *more))
     assert child.returncode == 0, child.output()
     assert tensor_digest(killed / FINAL) == tensor_digest(straight / FINAL)

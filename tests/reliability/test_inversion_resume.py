@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import pytest
@@ -83,14 +82,8 @@ def test_killed_again_and_again(fork_server, tiny_sd1, photo_folders, tmp_path):
     more = ("--save_state", "--save_every_n_steps=1", "--gradient_accumulation_steps=2")
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert train_textual_inversion(*options(tiny_sd1, photo_folders, straight, *more)) == 0
-    argv, deaths = options(tiny_sd1, photo_folders, killed, *more), 0
-    for number, fault in enumerate(KILLS):
-        child = fork_server.run(SCRIPT, [*argv, *(["--resume=latest"] if number else [])], env={"SD_FAULT": fault})
-        assert child.returncode in (-signal.SIGKILL, 0), child.output()
-        deaths += child.returncode != 0
-    assert deaths
-    finished = fork_server.run(SCRIPT, [*argv, "--resume=latest"])
-    assert finished.returncode == 0, finished.output()
+    argv = options(tiny_sd1, photo_folders, killed, *more)
+    assert fork_server.run_killed(SCRIPT, argv, KILLS)
     assert tensor_digest(killed / FINAL) == tensor_digest(straight / FINAL)
 
 

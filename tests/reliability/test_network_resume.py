@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -182,14 +181,8 @@ def test_killed_again_and_again(fork_server, tiny_sd1, photo_folders, tmp_path, 
         more += ["--network_args", "algo=loha", "preset=attn-only", "dropout=0.2", "--network_module=lycoris.kohya"]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert train_network(*options(tiny_sd1, photo_folders, straight, *more)) == 0
-    argv, deaths = options(tiny_sd1, photo_folders, killed, *more), 0
-    for number, fault in enumerate(KILLS if variant == "lora" else KILLS[1:2]):
-        child = fork_server.run(SCRIPT, [*argv, *(["--resume=latest"] if number else [])], env={"SD_FAULT": fault})
-        assert child.returncode in (-signal.SIGKILL, 0), child.output()
-        deaths += child.returncode != 0
-    assert deaths
-    finished = fork_server.run(SCRIPT, [*argv, "--resume=latest"])
-    assert finished.returncode == 0, finished.output()
+    argv = options(tiny_sd1, photo_folders, killed, *more)
+    assert fork_server.run_killed(SCRIPT, argv, KILLS if variant == "lora" else KILLS[1:2])
     assert tensor_digest(killed / FINAL) == tensor_digest(straight / FINAL)
 
 
