@@ -24,6 +24,7 @@ class Options(ControlNetTrainingOptions):
 def train(opts: Options) -> None:
     """The ControlNet's sizes, then data, then models: what is cheap to check fails before anything expensive starts."""
     from library.models.cascade.specs import STAGE_C, check_cascade_files
+    from library.training.cascade_training import KINDS, tell_drawn_size
     from library.training.control_cascade import ControlPlan
     from library.training.opening import open_training_data
 
@@ -32,10 +33,12 @@ def train(opts: Options) -> None:
     if not opts.data.debug_dataset:
         check_cascade_files(opts.model)
         plan = ControlPlan.of(opts)
-    kinds = ("controlnet",) if folder else ("dreambooth", "finetuning", "controlnet")
+    kinds = ("controlnet",) if folder else KINDS
     data = open_training_data(opts, STAGE_C, kinds, conditions=folder)
     if data is None or plan is None:
         return
+    tell_drawn_size(data)
+    plan.serve(data)
 
     from library.models.cascade.stage_c import StageC
     from library.training.caching import fill_caches
@@ -47,8 +50,8 @@ def train(opts: Options) -> None:
         weights = run.weight_plan(())
         family = StageC.load(opts.model, opts.text, opts.memory, spec=STAGE_C, weights=weights, seed=run.seed)
         fill_caches(run, family, data, frozen_text=True)
-        plan.serve(data)
-        fit(run, family, ControlNetTraining(family, plan.build(run, family), opts), data, opts)
+        method = ControlNetTraining(family, plan.build(run, family), opts, drops_out=opts.drops_out)
+        fit(run, family, method, data, opts)
 
 
 def main(argv: list[str] | None = None) -> None:

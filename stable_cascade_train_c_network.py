@@ -25,7 +25,7 @@ class Options(StageCNetworkOptions):
 def train(opts: Options) -> None:
     """Files, tokens and network module, then data, then models: what is cheap to check comes first."""
     from library.models.cascade.specs import STAGE_C, check_cascade_files
-    from library.training.cascade_training import KINDS
+    from library.training.cascade_training import KINDS, tell_drawn_size
     from library.training.methods.adapter import NetworkPlan
     from library.training.opening import open_training_data
     from library.training.train_tokens import TokenPlan, TrainedTokens
@@ -38,6 +38,7 @@ def train(opts: Options) -> None:
     data = open_training_data(opts, STAGE_C, KINDS, None if tokens is None else tokens.tokenizers)
     if data is None or plan is None:
         return
+    tell_drawn_size(data)
     if tokens is not None:
         tokens.check_data(data)
 

@@ -118,7 +118,8 @@ def measure(size: str, updates: int | None, rank: int, *, text: bool) -> tuple[d
     with tempfile.TemporaryDirectory() as folder:
         model = make_random_sd(Path(folder) / "model.safetensors", family="sd1", size=kind)
         more = ["--network_module=networks.lora", f"--network_dim={rank}", "--learning_rate=1e-4"]
-        train(train_network, model, pixels, updates or usual, *more, *([] if text else ["--network_train_unet_only"]))
+        models = {"pretrained_model_name_or_path": model}
+        train(train_network, models, pixels, updates or usual, *more, *([] if text else ["--network_train_unet_only"]))
     found = [{part: median(seconds[WARM_UP:]) for part, seconds in times.items()} for times in (bare, ours)]
     return found[0], found[1]
 

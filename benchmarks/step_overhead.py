@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -66,7 +66,9 @@ class BareLoop:
         import torch
 
         self.family, self.optimizer = training.family, training.built.optimizer
-        self.latents, self.noise = torch.randn(2, 1, 4, pixels // 8, pixels // 8)
+        spec = self.family.spec
+        side = pixels // spec.latent_downscale
+        self.latents, self.noise = torch.randn(2, 1, spec.latent_channels, side, side)
         self.ids = torch.from_numpy(self.family.tokenizers[0].encode("a photo of sks duck")[0])[None]
         self.timestep = torch.tensor([500])
         self.loss = torch.nn.functional.mse_loss
@@ -74,16 +76,20 @@ class BareLoop:
         self.clip = torch.nn.utils.clip_grad_norm_
         self.params = [param for group in self.optimizer.param_groups for param in group["params"]]
         if not (isinstance(self.optimizer, torch.optim.AdamW) and self.optimizer.defaults["fused"]):
-            raise TypeError("train_db.py was to use the fused AdamW")
+            raise TypeError("the script was to use the fused AdamW")
+
+    def predict(self) -> Any:
+        """Run text encoder and U-Net."""
+        hidden = self.family.encode_text((self.ids,)).hidden
+        unet = self.family.unet
+        return unet(self.latents, self.timestep, encoder_hidden_states=hidden, return_dict=False)[0]
 
     def update(self, times: Times) -> None:
         """Make one update."""
         new_update(times)
         with clocked(times, WHOLE):
             with clocked(times, FORWARD):
-                hidden = self.family.encode_text((self.ids,)).hidden
-                unet = self.family.unet
-                prediction = unet(self.latents, self.timestep, encoder_hidden_states=hidden, return_dict=False)[0]
+                prediction = self.predict()
             loss = self.loss(prediction, self.noise)
             with clocked(times, BACKWARD):
                 loss.backward()
@@ -111,19 +117,17 @@ def watch(owner: Any, name: str, times: Times, part: str, *, less: tuple[str, ..
     setattr(owner, name, watched)
 
 
-def watch_training(times: Times, bare: Times, pixels: int) -> None:
+def watch_training(times: Times, bare: Times, pixels: int, family: Any, objective: Any, loop: Any = BareLoop) -> None:
     """Measure the parts of the toolkit's updates, each followed by a bare one, and leave out the last save."""
-    from library.models.sd import StableDiffusion
     from library.training import stepping
     from library.training.loop import Loop
-    from library.training.objective import DDPMObjective
     from library.training.saving import Saver
     from library.training.step import TrainStep
     from library.training.stepper import Stepper
 
-    watch(StableDiffusion, "condition", times, FORWARD)
-    watch(StableDiffusion, "denoise", times, FORWARD)
-    watch(DDPMObjective, "noise", times, NOISE)
+    watch(family, "condition", times, FORWARD)
+    watch(family, "denoise", times, FORWARD)
+    watch(objective, "noise", times, NOISE)
     watch(TrainStep, "forward", times, "loss", less=(FORWARD, NOISE))
     watch(Stepper, "backward", times, BACKWARD)
     watch(stepping, "gradient_norm", times, NORM)
@@ -142,25 +146,26 @@ def watch_training(times: Times, bare: Times, pixels: int) -> None:
         with clocked(times, WHOLE):
             between(self)
         if not loops:
-            loops.append(BareLoop(self.training, pixels))
+            loops.append(loop(self.training, pixels))
         loops[0].update(bare)
 
     Loop._update, Loop._between_updates = whole, then_bare  # type: ignore[method-assign]
     Saver.finish = lambda self, position: None  # type: ignore[method-assign]
 
 
-def train(script: Any, model: Path, pixels: int, updates: int, *more: str) -> None:
-    """Run a training script on latents cached in memory; `more` are further options."""
-    dataset = model.parent / "data.toml"
+def train(script: Any, models: Mapping[str, Path], pixels: int, updates: int, *more: str) -> None:
+    """Run a training script on latents cached in memory; models by their options, and further options."""
+    folder = next(iter(models.values())).parent
+    dataset = folder / "data.toml"
     dataset.write_text(
         f"[[datasets]]\nresolution = {pixels}\nbatch_size = 1\n[[datasets.subsets]]\n"
         f"image_dir = '{ROOT / 'examples/photos/duck'}'\nclass_tokens = 'sks duck'\nnum_repeats = 100\n"
     )
     options = {
-        "pretrained_model_name_or_path": model,
+        **models,
         "dataset_config": dataset,
-        "output_dir": model.parent / "out",
-        "logging_dir": model.parent / "logs",
+        "output_dir": folder / "out",
+        "logging_dir": folder / "logs",
         "max_train_steps": updates,
         "max_data_loader_n_workers": 0,
         "seed": 1,
@@ -178,23 +183,28 @@ def measure(size: str, updates: int | None) -> tuple[dict[str, float], dict[str,
 
     import train_db
     from library.models.random_models import make_random_sd
+    from library.models.sd import StableDiffusion
+    from library.training.objective import DDPMObjective
 
     torch.set_num_threads(1)
     kind, pixels, usual, _ = SIZES[size]
     bare: Times = defaultdict(list)
     ours: Times = defaultdict(list)
-    watch_training(ours, bare, pixels)
+    watch_training(ours, bare, pixels, StableDiffusion, DDPMObjective)
     with tempfile.TemporaryDirectory() as folder:
         model = make_random_sd(Path(folder) / "model.safetensors", family="sd1", size=kind)
-        train(train_db, model, pixels, updates or usual, "--learning_rate=1e-6")
-    found = []
-    for times in (bare, ours):
-        found.append({part: median(seconds[WARM_UP:]) for part, seconds in times.items()})
-    return found[0], found[1]
+        models = {"pretrained_model_name_or_path": model}
+        train(train_db, models, pixels, updates or usual, "--learning_rate=1e-6")
+    return medians(bare), medians(ours)
 
 
-def compare(size: str, updates: int | None) -> list[dict[str, Any]]:
-    bare, ours = measure(size, updates)
+def medians(times: Times) -> dict[str, float]:
+    """Return the median seconds of each part."""
+    return {part: median(seconds[WARM_UP:]) for part, seconds in times.items()}
+
+
+def compare(bare: dict[str, float], ours: dict[str, float], script: str, limit: float) -> list[dict[str, Any]]:
+    """Return the rows of the table."""
     clipping, bare[NORM] = bare[NORM], 0.0
     for times in (bare, ours):
         times[REST] = times[WHOLE] - sum(times[part] for part in PARTS)
@@ -205,15 +215,15 @@ def compare(size: str, updates: int | None) -> list[dict[str, Any]]:
             {
                 "part": part,
                 "bare loop, ms": 1000 * bare[part],
-                "train_db.py, ms": 1000 * ours[part],
+                f"{script}, ms": 1000 * ours[part],
                 "more, %": 100 * more,
                 "ratio": "",
                 "limit": "",
             }
         )
-    rows[-1] |= {"ratio": ours[WHOLE] / bare[WHOLE], "limit": SIZES[size][3]}
+    rows[-1] |= {"ratio": ours[WHOLE] / bare[WHOLE], "limit": limit}
     whole, bare_whole = ours[WHOLE], bare[WHOLE] + clipping
-    rows.append({"part": "with clipping", "bare loop, ms": 1000 * bare_whole, "train_db.py, ms": 1000 * whole})
+    rows.append({"part": "with clipping", "bare loop, ms": 1000 * bare_whole, f"{script}, ms": 1000 * whole})
     rows[-1] |= {"more, %": 100 * (whole / bare_whole - 1), "ratio": whole / bare_whole, "limit": ""}
     return rows
 
@@ -224,7 +234,8 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=None)
     parser.add_argument("--output")
     args = parser.parse_args()
-    report(f"step_overhead_{args.size}", compare(args.size, args.updates), args.output)
+    bare, ours = measure(args.size, args.updates)
+    report(f"step_overhead_{args.size}", compare(bare, ours, "train_db.py", SIZES[args.size][3]), args.output)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
     python finetune/prepare_buckets_latents.py photos photos/meta_clean.json photos/meta_lat.json model.safetensors \
         --batch_size=4 --max_resolution=512,512 --mixed_precision=bf16
+    python finetune/prepare_buckets_latents.py photos photos/meta_clean.json photos/meta_lat.json \
+        effnet_encoder.safetensors --stable_cascade --max_resolution=768,768 --max_bucket_reso=1536
 
 Training then takes the new metadata file as --in_json. The pictures themselves are no longer needed. See
 docs/data_tools.md for how this differs from tools/cache_latents.py.
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
     from library.contracts import FamilySpec
     from library.data.dataset import TrainingData
     from library.data.jobs import JobReport
-    from library.models.options import ModelOptions
+    from library.models.options import ModelOptions, TextOptions
+    from library.training.cache_tools import LoadedFamily
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,11 @@ class PrepareOptions(OptionGroup, title="preparation"):
     in_json: str = opt("", positional=True, path=True, help="Metadata file to read (.json or .jsonl).")
     out_json: str = opt("", positional=True, path=True, help="Metadata file to write; may be the one that is read.")
     model_name_or_path: str = opt(
-        "", positional=True, path=True, help="Model whose VAE is used: a file, a Diffusers folder or a Hugging Face id."
+        "",
+        positional=True,
+        path=True,
+        help="Model whose VAE is used: a file, a Diffusers folder or a Hugging Face id. With --stable_cascade: the "
+        "EfficientNet encoder.",
     )
     vae: str | None = opt(None, path=True, help="VAE to use in place of the model's own.")
     batch_size: int = opt(1, at_least=1, help="Pictures that the VAE encodes at once.")
@@ -65,6 +72,7 @@ class PrepareOptions(OptionGroup, title="preparation"):
     )
     recursive: bool = opt(False, help="Look into sub-folders, too.")
     v2: bool = opt(False, help="The model is a Stable Diffusion 2.x model; found out from files and folders.")
+    stable_cascade: bool = opt(False, help="Encode for stage C of Stable Cascade, by its EfficientNet encoder.")
     no_exif_transpose: bool = opt(False, help="Ignore the orientation that cameras write into photographs.")
     max_image_pixels: int = opt(179_000_000, at_least=1, help="Refuse pictures with more pixels than this.")
 
@@ -73,16 +81,21 @@ class PrepareOptions(OptionGroup, title="preparation"):
         if self.bucket_reso_steps % 8:
             yield Problem("--bucket_reso_steps", f"{self.bucket_reso_steps} is not a multiple of 8", "Use 64.")
         yield from check_metadata_output("out_json", self.out_json)
+        for name in ("v2", "vae") if self.stable_cascade else ():
+            if getattr(self, name):
+                yield Problem(f"--{name}", "belongs to Stable Diffusion, not to --stable_cascade", "Drop one of them.")
         if self.in_json and not Path(self.in_json).is_file():
             yield Problem(self.in_json, "no such metadata file", "merge_captions_to_metadata.py makes one.")
 
     def warn(self) -> Iterator[Problem]:
-        """Say what is ignored, and that other steps suit no Stable Diffusion 1.x or 2.x model."""
+        """Say what is ignored, and that other steps do not suit the model."""
         if self.max_data_loader_n_workers is not None:
             yield Problem("--max_data_loader_n_workers", "has no effect: threads prepare the next pictures")
-        if self.bucket_reso_steps % 64:
-            what = f"training needs a multiple of 64, not {self.bucket_reso_steps}"
-            yield Problem("--bucket_reso_steps", what, "SDXL models, which come later, need a multiple of 32.")
+        multiple = 32 if self.stable_cascade else 64
+        if self.bucket_reso_steps % multiple:
+            what = f"training needs a multiple of {multiple}, not {self.bucket_reso_steps}"
+            hint = "Use 64." if self.stable_cascade else "SDXL models, which come later, need a multiple of 32."
+            yield Problem("--bucket_reso_steps", what, hint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,28 +113,50 @@ def prepare(options: PrepareOptions) -> None:
     """
     from library.data.jobs import find_pictures
     from library.data.metadata_files import read_table
-    from library.models.options import MemoryOptions, TextOptions
+    from library.models.options import MemoryOptions
     from library.training.cache_tools import cache_latent_files, fill
     from library.training.options import DistributedOptions, PrecisionOptions
     from library.training.processes import ProcessOptions
 
     table = read_table(options.in_json)
     folders = sorted({path.parent for path in find_pictures(Path(options.train_data_dir), recursive=options.recursive)})
-    model, spec = _model(options)
-    data = _open(options, folders, spec)
+    chosen = _cascade(options) if options.stable_cascade else _stable_diffusion(options)
+    data = _open(options, folders, chosen.spec)
 
     def write(report: JobReport) -> None:
         _write_metadata(options, table, data, {bad.path for bad in report.failed})
 
     precision = PrecisionOptions(mixed_precision=options.mixed_precision)
-    groups = ProcessOptions(model, TextOptions(), MemoryOptions(), precision, DistributedOptions())
-    fill(groups, spec, data, cache_latent_files, unused=("unet", "text_encoder"), then=write)
+    groups = ProcessOptions(chosen.model, chosen.text, MemoryOptions(), precision, DistributedOptions())
+    unused = ("unet", "text_encoder")
+    fill(groups, chosen.spec, data, cache_latent_files, unused=unused, family_class=chosen.family_class, then=write)
 
 
-def _model(options: PrepareOptions) -> tuple[ModelOptions, FamilySpec]:
-    """Return what is loaded and its family: that of the file, where there is one."""
+@dataclass(frozen=True)
+class _Chosen:
+    """What encodes the pictures, as options of a training would name it."""
+
+    model: ModelOptions
+    text: TextOptions
+    spec: FamilySpec
+    family_class: type[LoadedFamily]
+
+
+def _cascade(options: PrepareOptions) -> _Chosen:
+    """Return stage C of Stable Cascade, of which only the EfficientNet encoder is needed."""
+    from library.models.cascade.options import CascadeTextOptions, StageCModelOptions
+    from library.models.cascade.specs import STAGE_C
+    from library.models.cascade.stage_c import StageC
+
+    model = StageCModelOptions(effnet_checkpoint_path=options.model_name_or_path, no_half_vae=options.no_half_vae)
+    return _Chosen(model, CascadeTextOptions(), STAGE_C, StageC)
+
+
+def _stable_diffusion(options: PrepareOptions) -> _Chosen:
+    """Return the model that is named; its family is that of the file, where there is one."""
     from library.checkpoints.detect import inspect
-    from library.models.options import ModelOptions
+    from library.models.options import ModelOptions, TextOptions
+    from library.models.sd import StableDiffusion
     from library.models.specs import V_PREDICTION, stable_diffusion_spec
 
     v2, velocity = options.v2, False
@@ -137,7 +172,7 @@ def _model(options: PrepareOptions) -> tuple[ModelOptions, FamilySpec]:
         vae=options.vae,
         no_half_vae=options.no_half_vae,
     )
-    return model, stable_diffusion_spec(model)
+    return _Chosen(model, TextOptions(), stable_diffusion_spec(model), StableDiffusion)
 
 
 def _open(options: PrepareOptions, folders: list[Path], spec: FamilySpec) -> TrainingData:

@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from library import cascade_yaml
+from library.checkpoints.cascade_configs import CONFIGS
 from library.config_file import ConfigValue, ForeignConfig
-from library.errors import Problem, raise_problems
+from library.errors import Problem, UserError, raise_problems
 
 _IMAGE_SHARE = 0.1
 """Of the pictures that the original trainer shows stage C an embedding of."""
+
+
+_LISTED = ("network_weights", "controlnet_checkpoint_path", "controlnet_filter")
+"""Options of which pictures may have several, and trainings one."""
 
 
 def is_yaml(name: str) -> bool:
@@ -24,6 +29,14 @@ def spell_out(words: list[str]) -> list[str]:
     if words and not words[0].startswith("-") and is_yaml(words[0]):
         return ["--config_file", *words]
     return words
+
+
+def spell_out_two(words: list[str]) -> list[str]:
+    """Return a command line with the names of options before one or two YAML files that begin it."""
+    found = spell_out(words)
+    if found != words and len(words) > 1 and spell_out(words[1:]) != words[1:]:
+        return [*found[:2], "--config_file_b", *words[1:]]
+    return found
 
 
 def read(name: str, *, stage: str, offered: Collection[str], typed: Collection[str]) -> ForeignConfig | None:
@@ -50,6 +63,75 @@ def read(name: str, *, stage: str, offered: Collection[str], typed: Collection[s
         if option in offered
     }
     return ForeignConfig(values, converted.notes)
+
+
+def read_for_pictures(
+    name: str, *, second: str | None, offered: Collection[str], typed: Collection[str]
+) -> ForeignConfig | None:
+    """Return the options for making pictures that YAML files stand for; None when `name` is none.
+
+    The original program has one file for stage C and another for stage B. What only a training needs is passed over.
+
+    Args:
+        name: of the first file.
+        second: of a second one, whose keys win.
+        offered: names of the script's options, which may be keys as well.
+        typed: options on the command line.
+
+    Raises:
+        UserError: a file is wrong, or both are for the same stage.
+    """
+    if not is_yaml(name):
+        if second:
+            what = "goes with a YAML file as --config_file"
+            raise UserError(what, "Give the files of stages C and B.", where=f"--config_file_b {second}")
+        return None
+    values: dict[str, ConfigValue] = {}
+    notes: list[str] = []
+    stages: dict[str, str] = {}
+    for path in filter(None, (name, second)):
+        config = cascade_yaml.read_config(path)
+        stage = _stage_of(config)
+        if stage in stages:
+            what = f"is for stage {stage.upper()}, as {stages[stage]} is"
+            raise UserError(what, "Give one file for each stage.", where=path)
+        stages[stage] = path
+        converted = cascade_yaml.to_options(config, stage=stage, own=offered, where=path)
+        made = _for_pictures(converted.options, stage, offered)
+        keys = {option: key for option, key in converted.sources.items() if key}
+        values |= {option: ConfigValue(value, f"{path}: {keys.get(option, option)}") for option, value in made.items()}
+        if config.get("dtype") == "bfloat16":
+            values["bf16"] = ConfigValue(True, f"{path}: dtype")
+        used = {*made, "full_bf16", "mixed_precision", "model_version"}
+        left = dict.fromkeys(key for option, key in keys.items() if option not in used)
+        if left:
+            notes.append(f"{path}: keys that only trainings need are passed over: {', '.join(left)}")
+    return ForeignConfig({option: value for option, value in values.items() if option not in typed}, tuple(notes))
+
+
+def _stage_of(config: Mapping[str, Any]) -> str:
+    """Return the stage that a file is for: by its structure, else by the file that only stage B needs."""
+    for stage, version in CONFIGS:
+        if config.get("model_version") == version:
+            return stage
+    return "b" if config.get("stage_a_checkpoint_path") and not config.get("previewer_checkpoint_path") else "c"
+
+
+def _for_pictures(options: Mapping[str, Any], stage: str, offered: Collection[str]) -> dict[str, Any]:
+    """Return what has a meaning for pictures, as the options of stable_cascade_gen_img.py take it."""
+    found = dict(options)
+    for name in _LISTED:
+        if isinstance(found.get(name), str):
+            found[name] = (found[name],)
+    if params := found.get("controlnet_filter_params"):
+        found["controlnet_filter_params"] = (";".join(params),)
+    if "model_version" in found and stage == "b":
+        found["model_version_b"] = found.pop("model_version")
+    if not found.get("network_weights"):
+        found.pop("train_tokens", None)
+    if not found.get("controlnet_checkpoint_path"):
+        found = {name: value for name, value in found.items() if not name.startswith("controlnet_")}
+    return {name: value for name, value in found.items() if name in offered}
 
 
 def _completed(options: Mapping[str, Any], typed: Collection[str]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from library.errors import (
     raise_problems,
 )
 from library.option_groups import OptionSet
+from library.slurm import adopt_slurm
 
 SetClass = TypeVar("SetClass", bound=OptionSet)
 
@@ -68,6 +69,7 @@ def run_script(
     """
     log.make_streams_safe()
     log.summary.reset()
+    adopt_slurm()
     words = list(sys.argv[1:] if argv is None else argv)
     if "--help" in words or "-h" in words:
         from library.option_help import help_text

@@ -29,7 +29,9 @@ class FamilySpec:
     """What the data side and the option checks must know of a model family before any model is loaded.
 
     `latent_cache_sized`: names of latent caches tell the size of the image (`a_0512x0768_sd.npz`), and `a.npz`, the
-    oldest form, may hold such latents too.
+    oldest form, may hold such latents too. `text_cache_half`: outputs of text encoders that run in bfloat16 fit float16
+    and are kept in that, at half the size. `foreign_latents`: what to know of latent caches that tell no origin.
+    `smallest_side`: of a picture in pixels, below which nothing would be left of it inside the model.
     """
 
     name: str
@@ -39,10 +41,13 @@ class FamilySpec:
     latent_downscale: int = 8
     latent_scale: float = 0.18215
     bucket_step_multiple: int = 64
+    smallest_side: int = 8
     latent_cache_suffix: str = "_sd"
     latent_cache_sized: bool = True
     text_cache_suffix: str = "_te_outputs"
     text_array_names: tuple[str, ...] = ("hidden_state1",)
+    text_cache_half: bool = False
+    foreign_latents: str = ""
     needs_pixels: bool = False
     base_model_version: str = ""
     architecture: str = ""
@@ -142,7 +147,8 @@ class Batch:
 
     pixels [B,3,H,W] or None; latents [B,C,h,w] unscaled or None; token_ids one [B,n,77] int64 per text encoder;
     token_weights alike or None; mask [B,1,H,W] or None; sizes_hw [B,6] int64 (original h,w, crop top,left, target h,w);
-    loss_weight [B] float32; share multiplies the loss (0 for padding batches).
+    loss_weight [B] float32; share multiplies the loss (0 for padding batches); left_out counts, by reason, samples
+    that a stream passed over before this batch.
     """
 
     key: BatchKey
@@ -160,6 +166,7 @@ class Batch:
     network_multiplier: float = 1.0
     custom_attributes: tuple[Mapping[str, Any], ...] = ()
     replaced: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -271,6 +278,23 @@ class ConditionMaker(Protocol):
 
     def prepare(self, picture: Any, rng: Any) -> Any:
         """Return float32 [C,h,w] made of uint8 [H,W,3]; all that is left to chance comes from the `random.Random`."""
+
+
+class ConditionFinder(ConditionMaker, Protocol):
+    """Makes it of something that it finds in a picture, always the same, such as edges or faces: that can be kept."""
+
+    @property
+    def kept(self) -> str:
+        """Names all but the picture that decides what is found."""
+
+    def find(self, picture: Any) -> Mapping[str, Any]:
+        """Return arrays by name, found in uint8 [H,W,3]."""
+
+    def accepts(self, found: Mapping[str, Any], size_hw: tuple[int, int]) -> bool:
+        """Whether arrays from a file can be what was found in a picture of this size."""
+
+    def paint(self, found: Mapping[str, Any], size_hw: tuple[int, int], rng: Any) -> Any:
+        """Return what `prepare` does for a picture of this size in which this was found."""
 
 
 class Tokenizer(Protocol):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 EXIT_BUG = 1
 EXIT_USER = 2
@@ -54,6 +55,18 @@ class StopTraining(Exception):
         super().__init__(reason)
         self.reason = reason
         self.exit_code = exit_code
+
+
+@contextmanager
+def named_by(option: str) -> Iterator[None]:
+    """Put the option that named a file before what is wrong with it, where the message does not name it itself."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError.of(
+            found if found.where.startswith(option) else replace(found, where=f"{option} {found.where}".rstrip())
+            for found in error.problems
+        ) from error
 
 
 def raise_problems(problems: Iterable[Problem]) -> None:

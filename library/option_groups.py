@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar
@@ -262,12 +262,12 @@ class OptionSet:
         return list(words)
 
     @classmethod
-    def foreign_config(cls, name: str, typed: Collection[str]) -> ForeignConfig | None:
+    def foreign_config(cls, name: str, typed: Mapping[str, Any]) -> ForeignConfig | None:
         """Read a `--config_file` of another program, in scripts that understand some; None: it is one of ours.
 
         Args:
             name: of the file, as it was given.
-            typed: options on the command line, which win.
+            typed: options on the command line, which win, with their values as they were typed.
 
         Raises:
             UserError: the file is wrong.

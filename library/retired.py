@@ -108,7 +108,7 @@ _BY_OWNER = {
         backup_every_n_steps sample_dir wandb_entity no_tf32 fsdp train_text_encoder_only""",
     "training stage C of Stable Cascade (stable_cascade_train_stage_c.py)": """
         stage_c_checkpoint_path previewer_checkpoint_path image_model_checkpoint_path clip_image_cond_rate
-        stage_c_dropout""",
+        stage_c_dropout effnet_scale""",
     "training stage B of Stable Cascade (stable_cascade_train_stage_b.py)": """
         stage_b_checkpoint_path stage_a_checkpoint_path effnet_dropout_rate""",
     "training of other model families": """

@@ -137,9 +137,9 @@ def _vectors(options: Options, file: LoraFile) -> Mapping[str, Tensor]:
         return {}
     from library.checkpoints.key_maps_cascade import TOKEN_EMBEDDING
     from library.checkpoints.load_cascade import load_text
-    from library.training.train_tokens import match_tokens, new_rows
+    from library.models.token_choice import find_tokens, new_rows
 
-    tokens = match_tokens(options.tokens)
+    tokens = find_tokens(options.tokens.train_tokens, options.tokens.train_tokens_limit)
     table = load_text(text).tensors[TOKEN_EMBEDDING]
     found = new_rows(tokens, table, file.bundled)
     if not found:

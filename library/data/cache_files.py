@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -46,6 +47,14 @@ class BrokenCache(Exception):
     def reason(self) -> str:
         """The reason without its detail."""
         return str(self).partition(": ")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a look at a file found: why it cannot serve (None: it can), and whether its origin is known."""
+
+    reason: str | None = None
+    known: bool = True
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from library.data.cache_files import (
     OTHER_FAMILY,
     UNREADABLE,
     BrokenCache,
+    Verdict,
     fits,
     meta_array,
     opened,
@@ -58,7 +59,7 @@ class CachedLatents:
 
 def find_valid(
     need: LatentNeed, rules: CacheRules, vae: str, present: frozenset[str] | None = None
-) -> tuple[str | None, str | None]:
+) -> tuple[str | None, Verdict]:
     """Look for a cache file that serves `need`.
 
     Args:
@@ -68,7 +69,7 @@ def find_valid(
         present: names of the files in the folder, when the caller has listed it.
 
     Returns:
-        (suffix of the valid file, None), or (None, reason).
+        (suffix of the valid file, or None; what was found).
     """
     reason: str | None = None
     for suffix in rules.readable:
@@ -76,15 +77,15 @@ def find_valid(
         if present is not None and os.path.basename(path) not in present:  # noqa: PTH119
             continue
         found = check_file(path, need, rules, vae, foreign=suffix not in (rules.suffix, LEGACY))
-        if found is None:
-            return suffix, None
+        if found.reason is None:
+            return suffix, found
         if reason is None or reason == MISSING:
-            reason = found
-    return None, reason or MISSING
+            reason = found.reason
+    return None, Verdict(reason or MISSING)
 
 
-def check_file(path: str, need: LatentNeed, rules: CacheRules, vae: str, *, foreign: bool = False) -> str | None:
-    """Return why a cache file cannot serve `need`, or None; reads directory and headers, but no pixels or latents.
+def check_file(path: str, need: LatentNeed, rules: CacheRules, vae: str, *, foreign: bool = False) -> Verdict:
+    """Return whether a cache file can serve `need`; reads directory and headers, but no pixels or latents.
 
     Args:
         path: of the cache file.
@@ -95,18 +96,18 @@ def check_file(path: str, need: LatentNeed, rules: CacheRules, vae: str, *, fore
     """
     try:
         if rules.skip_check:
-            return None if Path(path).is_file() and not foreign else MISSING
+            return Verdict(None if Path(path).is_file() and not foreign else MISSING)
         with opened(path) as file:
             ending = _ending(file, need.shape)
             reason = _missing_array(file, need, ending)
             origin = _origin(file, need.variant) if ending else None
     except BrokenCache as error:
-        return error.reason
+        return Verdict(error.reason)
     if reason is not None:
-        return reason
+        return Verdict(reason)
     if origin is None:
-        return OTHER_FAMILY if foreign else None
-    return _origin_problem(origin, need, rules, vae)
+        return Verdict(OTHER_FAMILY if foreign else None, known=False)
+    return Verdict(_origin_problem(origin, need, rules, vae))
 
 
 def _ending(file: NpzFile, shape: tuple[int, int, int]) -> str:
@@ -151,6 +152,16 @@ def _origin_problem(origin: Mapping[str, Any], need: LatentNeed, rules: CacheRul
         return None
     stored = origin.get("source_sha256")
     return None if stored and stored == file_sha256(need.record.path) else IMAGE_CHANGED
+
+
+def stored_size(path: str) -> tuple[int, int] | None:
+    """Return the size (width, height) of the image that a cache file was made of; None when it does not tell."""
+    with suppress(BrokenCache), opened(path) as file:
+        for name in file.names:
+            if name.startswith("original_size") and fits(file, name, (2,), "iuf"):
+                width, height = file.read(name, 64).tolist()
+                return (int(width), int(height)) if 0 < min(width, height) <= max(width, height) < 1 << 20 else None
+    return None
 
 
 def file_sha256(path: str) -> str | None:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from library.contracts import ConditionMaker, FamilySpec
+from library.contracts import ConditionFinder, ConditionMaker, FamilySpec
 from library.data.augment import View, mask_of, normalise
 from library.data.cache_names import CacheRules, LatentNeed, mirror_root
+from library.data.condition_store import KeptConditions
 from library.data.dataset_spec import DatasetSpec
 from library.data.latent_store import LatentMemory, LatentPlan, LatentSource, plan_latents
 from library.data.mapped_file import MappedFile
@@ -22,7 +23,7 @@ from library.data.records import RecordTable
 from library.data.serving import BatchDataset, Catalogue, Placements, TextSource
 from library.data.spec_checks import varying_captions
 from library.data.summary import count_images, fingerprint, summarise
-from library.errors import Problem
+from library.errors import Problem, UserError
 
 _log = logging.getLogger(__name__)
 
@@ -158,6 +159,18 @@ class TrainingData:
     def use_conditions(self, conditions: ConditionMaker) -> None:
         """Serve what a ControlNet looks at from now on, `Batch.control`."""
         self.catalogue = replace(self.catalogue, conditions=conditions)
+
+    def keep_conditions(self, finder: ConditionFinder, suffix: str) -> None:
+        """Do so, and keep what is found in pictures in files beside them, whose names end with `suffix`.
+
+        Raises:
+            UserError: pictures are cropped or coloured at random, so nothing that is found stays true.
+        """
+        if any(served.augmentation.draws for served in self.catalogue.subsets.values()):
+            what = "needs pictures that stay as they are, without random_crop, color_aug and face_crop_aug_range"
+            raise UserError(what, "Drop one of them.", where="--cache_conditions_to_disk")
+        kept = KeptConditions(finder, finder.kept, self.cache_rules(suffix))
+        self.catalogue = replace(self.catalogue, conditions=finder, kept_conditions=kept)
 
     def latent_plan(self, vae: str) -> LatentPlan:
         """Look at the latent cache of every image.

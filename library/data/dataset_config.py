@@ -7,13 +7,11 @@ present wins. All problems are reported together.
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from library.data.aspect_list import aspect_sizes
 from library.data.buckets import bucket_notes, bucket_problems
 from library.data.dataset_file import read_table
 from library.data.dataset_schema import KIND_NAMES, REQUIRED, Level, check_table, known_keys
@@ -21,6 +19,7 @@ from library.data.dataset_spec import CONTROLNET, DREAMBOOTH, FINETUNING, Datase
 from library.data.folder_tree import read_folder_tree
 from library.data.options import DatasetOptions, SubsetOptions
 from library.data.spec_checks import path_problems
+from library.data.spec_sizes import as_trained, step_as_given, with_bucket_sizes
 from library.errors import Problem, raise_problems
 from library.option_values import nearest, resolution_wh
 
@@ -76,7 +75,7 @@ def load_dataset_specs(
         data: Data set options of the command line.
         subset: Subset options of the command line.
         kinds: Kinds of data set that the script takes: "dreambooth", "finetuning", "controlnet".
-        bucket_step_multiple: `bucket_reso_steps` must be a multiple of this when buckets are on.
+        bucket_step_multiple: Sides of trained pictures must be multiples of this when buckets are on.
         in_json: Metadata file named on the command line, in scripts that have `--in_json`.
         caption_dropout: Whether the script has caption dropout at all.
 
@@ -89,23 +88,16 @@ def load_dataset_specs(
         source = _from_file(data.dataset_config, script)
     else:
         source = _from_command_line(data, subset, script, in_json)
-    problems = source.problems
-    specs = [_with_sizes(spec, bucket_step_multiple) for spec in _build(source, data, subset, problems)]
+    problems, share = source.problems, data.encoded_share
+    built = _build(source, data, subset, problems)
+    specs = [with_bucket_sizes(spec, bucket_step_multiple, share) for spec in built]
     for spec, dataset in zip(specs, source.datasets, strict=True):
-        problems.extend(bucket_problems(spec, dataset.where, bucket_step_multiple))
+        problems.extend(bucket_problems(spec, dataset.where, step_as_given(bucket_step_multiple, share)))
     raise_problems(problems)
     for spec in specs:
         for note in bucket_notes(spec):
             _log.warning("data set %d: %s", spec.index + 1, note)
-    return tuple(specs)
-
-
-def _with_sizes(spec: DatasetSpec, step: int) -> DatasetSpec:
-    """Work out the buckets that `multi_aspect_ratio` stands for."""
-    if not spec.multi_aspect_ratio:
-        return spec
-    side = math.isqrt(spec.resolution_wh[0] * spec.resolution_wh[1])
-    return replace(spec, bucket_sizes=aspect_sizes(side, spec.multi_aspect_ratio, step=step))
+    return tuple(as_trained(spec, share) for spec in specs)
 
 
 def _accepted_kinds(kinds: tuple[str, ...], masked_loss: bool) -> tuple[str, ...]:

@@ -38,6 +38,7 @@ class LatentPlan:
         files: number of the cache file of each missing row, int64 [M]; one rank handles all variants of a file.
         why: reason for each missing row.
         slots: bytes that each row takes in the mapped file, int64 [N]; 0 for rows on disk.
+        unknown: number of entries in use that do not tell where they come from.
     """
 
     places: NDArray[np.uint8]
@@ -47,6 +48,7 @@ class LatentPlan:
     files: NDArray[np.int64]
     why: tuple[str, ...]
     slots: NDArray[np.int64]
+    unknown: int = 0
 
     @property
     def memory_bytes(self) -> int:
@@ -83,7 +85,8 @@ class LatentPlan:
     def describe(self) -> str:
         """Return one line: ``120 reused, 12 to encode (9 other resolution, 2 unreadable, 1 image changed)``."""
         detail = ", ".join(f"{count} {reason}" for reason, count in self.reasons.items())
-        return f"{self.reused} reused, {len(self.missing)} to encode" + (f" ({detail})" if detail else "")
+        line = f"{self.reused} reused, {len(self.missing)} to encode" + (f" ({detail})" if detail else "")
+        return line + (f"; {self.unknown} tell no origin and are taken as they are" if self.unknown else "")
 
     def batches(
         self, batch_size: int, *, rank: int = 0, world_size: int = 1, in_memory: bool = False
@@ -241,6 +244,7 @@ class _Finding:
     bucket_wh: tuple[int, int]
     flip: bool
     slot: int
+    known: bool
 
 
 def plan_latents(
@@ -274,6 +278,7 @@ def plan_latents(
         files=_numbers(finding.image for finding in todo),
         why=tuple(str(finding.reason) for finding in todo),
         slots=slots,
+        unknown=sum(not finding.known and finding.reason is None for finding in findings),
     )
 
 
@@ -291,12 +296,13 @@ def _look(
 
     def look(row: int) -> _Finding:
         need = needs(row)
-        path, place = "", MEMORY
+        path, place, known = "", MEMORY, True
         reason: str | None = IN_MEMORY
         if to_disk:
             path = cache_path(need.record, rules)
-            suffix, why = caches.find_valid(need, rules, vae, folders.names_beside(path))
-            place, reason = OWN if suffix is None else _place_of(suffix, rules), why
+            suffix, verdict = caches.find_valid(need, rules, vae, folders.names_beside(path))
+            place = OWN if suffix is None else _place_of(suffix, rules)
+            reason, known = verdict.reason, verdict.known
         return _Finding(
             row,
             place,
@@ -307,6 +313,7 @@ def _look(
             bucket_wh=need.placement.bucket_wh,
             flip=need.flip,
             slot=slot_bytes(need),
+            known=known,
         )
 
     return look_at_all(rows, look)

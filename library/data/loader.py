@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -41,6 +41,7 @@ class PlannedBatches:
     Attributes:
         wait_seconds: time that the consumer has spent waiting for batches so far.
         replaced: number of samples that had to be replaced so far.
+        left_out: number of samples that streams passed over so far, by reason.
         workers: number of loader processes.
     """
 
@@ -76,6 +77,7 @@ class PlannedBatches:
         self.workers = 0 if cached and not pin_memory else worker_count(loader, cached=cached)
         self.wait_seconds = 0.0
         self.replaced = 0
+        self.left_out: Counter[str] = Counter()
         self._blank = 0
 
     def iterate(self, start: Position) -> Generator[Batch, None, None]:
@@ -109,7 +111,8 @@ class PlannedBatches:
         return batch_keys(self._data.planner, self._length, self._seed, self._rank, start)
 
     def _watch(self, batch: Batch) -> None:
-        """Count replaced samples, and stop when nothing but blank batches arrives."""
+        """Count samples that were replaced or left out, and stop when nothing but blank batches arrives."""
+        self.left_out.update(batch.left_out)
         for text in batch.replaced:
             self.replaced += 1
             if self.replaced <= 5:

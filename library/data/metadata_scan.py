@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from library.data.bad_files import BadFile
+from library.data.caches import stored_size
 from library.data.dataset_spec import SubsetSpec
 from library.data.folder_listing import FolderListing, image_suffixes, list_folder
 from library.data.folder_scan import FolderScan, FolderSettings, Known, scan_folder
@@ -135,6 +136,7 @@ class _Finder:
     def __init__(self, image_dir: str | None, latent_suffix: str, sized: bool) -> None:  # noqa: FBT001
         self._image_dir = image_dir
         self._folders: dict[str, _Folder] = {}
+        self._ending = None if sized else f"{latent_suffix}.npz"
         size = r"_(?P<width>\d{2,})x(?P<height>\d{2,})" if sized else ""
         self._pattern = re.compile(rf"(?P<stem>.+){size}{re.escape(latent_suffix)}\.npz", re.DOTALL)
         self._suffixes = image_suffixes()
@@ -209,8 +211,12 @@ class _Finder:
             stem, name = name, name + MISSING_SUFFIX
         if stem not in names.caches:
             return None
-        size = entry.image_size or names.caches[stem] or entry.train_resolution
+        size = entry.image_size or names.caches[stem] or self._stored_size(folder, stem) or entry.train_resolution
         return None if size is None else Located(entry, folder, name, size)
+
+    def _stored_size(self, folder: str, stem: str) -> tuple[int, int] | None:
+        """Return the size that a cache whose name tells none holds."""
+        return None if self._ending is None else stored_size(os.path.join(folder, f"{stem}{self._ending}"))  # noqa: PTH118
 
     def has_cache(self, place: Located, *, old: bool = False) -> bool:
         """Tell whether a latent cache lies beside the image; with `old`, whether `<stem>.npz` does, its oldest form."""

@@ -19,7 +19,7 @@ from library.data.options import CacheOptions, DatasetOptions, SubsetOptions
 from library.data.records import RecordTable
 from library.data.scan import ScanContext, ScanResult, scan_datasets
 from library.data.serving import Catalogue, Placements, Reading
-from library.data.spec_checks import cache_problems, mask_problems, warn_of_unused_caches
+from library.data.spec_checks import cache_problems, mask_problems, size_problems, warn_of_unused_caches
 from library.data.summary import describe
 from library.errors import Problem, raise_problems
 from library.randomness import derive, uniform
@@ -63,6 +63,7 @@ def open_data(
     specs = load_dataset_specs(
         data, subset, kinds=kinds, bucket_step_multiple=spec.bucket_step_multiple, in_json=data.in_json
     )
+    raise_problems(size_problems(specs, spec.smallest_side, data.dataset_config))
     if data.webdataset_streaming:
         from library.data.stream_data import open_stream
 

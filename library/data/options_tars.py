@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 from library.data.selection import caption_field_value, filters_value, selection_problems
 from library.errors import Problem, UserError
@@ -59,12 +60,25 @@ class ShardOptions(OptionGroup):
         matters_when=_STREAMING,
         help="Samples that count as an epoch of streamed data. Default: the whole run is one epoch.",
     )
+    webdataset_resampled: bool = opt(
+        False,
+        matters_when=_STREAMING,
+        help="Draw tar files at random, again and again, in place of passing through all of them: some samples come "
+        "twice before others come once. Fewer tar files than processes will do.",
+    )
     webdataset_cache_dir: str | None = opt(
         None,
         path=True,
         resume="free",
         matters_when=_SHARDS,
         help="Folder that remote tar files are copied into once. Default: only what is needed is read, by ranges.",
+    )
+    allow_pipe_urls: bool = opt(
+        False,
+        resume="free",
+        needs={"webdataset_cache_dir": ()},
+        help="Run the commands of `pipe:` entries and keep the tar files that they write in --webdataset_cache_dir. "
+        "Counts on the command line alone.",
     )
     multi_aspect_ratio: tuple[str, ...] = opt(
         (),
@@ -84,6 +98,11 @@ class ShardOptions(OptionGroup):
         matters_when={"multi_aspect_ratio": (), "dataset_config": ()},
         help="Share of the images that go to a bucket of any other aspect ratio of --multi_aspect_ratio.",
     )
+
+    @property
+    def encoded_share(self) -> Fraction:
+        """Sides of pictures as they are trained, over sides as options and data set files give them."""
+        return Fraction(1)
 
 
 @dataclass(frozen=True, kw_only=True)

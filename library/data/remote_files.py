@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import logging
 import time
-from collections.abc import Callable, Iterator
-from hashlib import blake2b
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-from library import files
 from library.data.image_headers import ReadAt
 from library.errors import UserError
 
@@ -19,7 +17,9 @@ T = TypeVar("T")
 
 _PACKAGES = {"s3": "s3fs", "http": "aiohttp", "https": "aiohttp"}
 _WAITS = (0.5, 2.0, 5.0)
-_CHUNK = 8 << 20
+_CONNECT_SECONDS, _READ_SECONDS = 20, 60
+"""How long a server may be silent before that counts as an error; then there are further attempts."""
+_REFUSED = (401, 403, 404, 410)
 _FINAL = (FileNotFoundError, PermissionError, NotImplementedError)
 
 
@@ -40,7 +40,40 @@ def file_system(url: str) -> Any:
     import fsspec
 
     # fsspec keeps one object per process, also after a fork; lists that it made once would hide new files.
-    return fsspec.filesystem(scheme, use_listings_cache=False)
+    system = fsspec.filesystem(scheme, use_listings_cache=False, **_patience(scheme))
+    # Attempts are counted here, not there.
+    system.retries = 1
+    return system
+
+
+def _patience(scheme: str) -> dict[str, Any]:
+    """Return the settings of a file system with which no server can keep a run waiting for ever."""
+    if scheme == "s3":
+        limits = {"connect_timeout": _CONNECT_SECONDS, "read_timeout": _READ_SECONDS, "retries": {"max_attempts": 0}}
+        return {"config_kwargs": limits}
+    import aiohttp
+
+    # No limit on the whole: a large piece over a slow line may take its time.
+    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(None, None, _READ_SECONDS, _CONNECT_SECONDS)}}
+
+
+def read_ahead(read_at: ReadAt, size: int, amount: int) -> ReadAt:
+    """Return what asks for pieces of `amount`, one after the other, for reading a file of `size` from front to end.
+
+    Small pieces would each take a way over the network.
+    """
+    begin, held = 0, b""
+
+    def read(offset: int, length: int) -> bytes:
+        nonlocal begin, held
+        length = min(length, size - offset)
+        if not begin <= offset <= offset + length <= begin + len(held):
+            kept = held[offset - begin :] if begin <= offset < begin + len(held) else b""
+            held = kept + read_at(offset + len(kept), min(max(length, amount), size - offset) - len(kept))
+            begin = offset
+        return held[offset - begin : offset - begin + length]
+
+    return read
 
 
 def remote_facts(url: str) -> tuple[int, str]:
@@ -86,48 +119,32 @@ def list_remote(url: str) -> list[str]:
     return [name if "://" in name else f"{scheme}://{name}" for name in tars]
 
 
-def local_copy(url: str, folder: str | Path) -> Path:
-    """Return a copy of a remote file in `folder`, made now or earlier from the same version of it.
-
-    Raises:
-        UserError: it cannot be read.
-        CannotSave: the copy cannot be written.
-    """
-    size, version = remote_facts(url)
-    mark = blake2b(f"{url}\n{size}\n{version}".encode(), digest_size=8).hexdigest()
-    name = url.partition("?")[0].rstrip("/").rpartition("/")[2]
-    target = Path(folder) / f"{mark}-{name}"
-    if target.is_file() and target.stat().st_size == size:
-        return target
-    read_at = remote_reader(url)
-
-    def pieces() -> Iterator[bytes]:
-        for offset in range(0, size, _CHUNK):
-            data = read_at(offset, min(_CHUNK, size - offset))
-            if len(data) != min(_CHUNK, size - offset):
-                raise UserError("became shorter while it was copied", where=url)
-            yield data
-
-    files.write_bytes(target, pieces())
-    return target
-
-
 def _attempt(url: str, action: Callable[[Any], T]) -> T:
     """Do something with a file system, several times where the network may be to blame."""
-    passing: tuple[type[BaseException], ...] = (OSError, ValueError, RuntimeError, *_network_errors())
+    expected: tuple[type[BaseException], ...] = (OSError, ValueError, RuntimeError, asyncio.TimeoutError)
+    expected += _network_errors()
     for number in range(len(_WAITS) + 1):
         try:
             return action(file_system(url))
-        except _FINAL as error:
-            reason = "not found" if isinstance(error, FileNotFoundError) else _reason(error)
-            raise UserError(f"cannot be read: {reason}", "Check the address and your access.", where=url) from error
-        except passing as error:
+        except expected as error:
+            if _is_final(url, error):
+                reason = "not found" if isinstance(error, FileNotFoundError) else _reason(error)
+                raise UserError(f"cannot be read: {reason}", "Check the address and your access.", where=url) from error
             if number == len(_WAITS):
                 what = f"cannot be read after {number + 1} attempts: {_reason(error)}"
                 raise UserError(what, "Check the address and the network.", where=url) from error
             _log.debug("%s: %s; trying again", url, error)
             time.sleep(_WAITS[number])
     raise AssertionError("not reached")
+
+
+def _is_final(url: str, error: BaseException) -> bool:
+    """Tell whether another attempt would end alike."""
+    if isinstance(error, FileNotFoundError) and url.startswith("http") and error.__cause__ is not None:
+        # So fsspec calls it too if a web server does not answer.
+        cause = error.__cause__
+        return isinstance(cause, _FINAL) or getattr(cause, "status", None) in _REFUSED
+    return isinstance(error, _FINAL)
 
 
 def _network_errors() -> tuple[type[BaseException], ...]:

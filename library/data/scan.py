@@ -175,8 +175,7 @@ class _Scanner:
     def _read_subset(self, subset: SubsetSpec, problems: list[Problem]) -> None:
         if subset.webdataset_path:
             if subset.webdataset_path not in self._shards:
-                copies = self._data.webdataset_cache_dir
-                indexes = read_shards(subset, index_dir=self._context.cache_dir, copies=copies)
+                indexes = read_shards(subset, self._data, index_dir=self._context.cache_dir)
                 self._shards[subset.webdataset_path] = indexes
             return
         if subset.metadata_file is not None:

@@ -22,6 +22,7 @@ from library.data.cache_files import BrokenCache
 from library.data.cache_names import LatentNeed
 from library.data.captions import CaptionPipeline, Replacement
 from library.data.collation import collate
+from library.data.condition_store import KeptConditions
 from library.data.dataset_spec import DatasetSpec, SubsetSpec
 from library.data.images import MAX_IMAGE_PIXELS, BadImage, load_image
 from library.data.latent_store import LatentSource
@@ -134,6 +135,8 @@ class Catalogue:
     """What is replaced in captions of training images, see `CaptionPipeline`."""
     conditions: ConditionMaker | None = None
     """What makes `Batch.control`, for methods that train on it."""
+    kept_conditions: KeptConditions | None = None
+    """The same, where what it finds in pictures is kept."""
 
     @cached_property
     def subsets(self) -> dict[int, SubsetServing]:
@@ -197,6 +200,14 @@ class Catalogue:
             return None
         pixels = self.paired_picture(row, view)
         return None if pixels is None else mask_of(pixels[:, :, 0])
+
+    def picture(self, row: int, view: View, known: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+        """Return the picture of a row in a view, uint8 [H,W,3]: `known`, or read now.
+
+        Raises:
+            BadImage: it cannot be used.
+        """
+        return np.ascontiguousarray(self.pixels(row, view)[0] if known is None else known)
 
     def paired_picture(self, row: int, view: View) -> NDArray[np.uint8] | None:
         """Return the mask or condition picture of a row, uint8 [H,W,3], with the geometry of `view`; None without one.
@@ -309,15 +320,19 @@ class BatchDataset:
         catalogue, maker = self.catalogue, self.catalogue.conditions
         if maker is None:
             return None
+        rng = python_random(self.seed, "sample", key.epoch, key.position, "condition")
+        if catalogue.kept_conditions is not None:
+            need = catalogue.latent_need(row)
+            return catalogue.kept_conditions.prepare(
+                need, lambda: catalogue.picture(row, view, picture), rng, flipped=view.flipped
+            )
         if maker.from_file:
             picture = catalogue.paired_picture(row, view)
-        elif picture is None:
-            picture, _ = catalogue.pixels(row, view)
+        else:
+            picture = catalogue.picture(row, view, picture)
         if picture is None:
             raise BadImage(catalogue.table.path(row), "has no condition image")
-        made: NDArray[np.float32] = maker.prepare(
-            np.ascontiguousarray(picture), python_random(self.seed, "sample", key.epoch, key.position, "condition")
-        )
+        made: NDArray[np.float32] = maker.prepare(np.ascontiguousarray(picture), rng)
         return made
 
     def _described(self, row: int, key: SampleKey, view: View, caption: str) -> Sample:

@@ -19,11 +19,12 @@ from library.data.folder_scan import FolderScan
 from library.data.image_headers import BadHeader, too_many_pixels
 from library.data.metadata_files import read_table
 from library.data.metadata_scan import MetadataScan
+from library.data.options import DatasetOptions
 from library.data.records import RecordTable, TextColumn
-from library.data.remote_files import local_copy
 from library.data.scan_notes import ScanNotes
 from library.data.selection import Selection
-from library.data.shards import expand_shards
+from library.data.shard_copies import shard_copy
+from library.data.shards import expand_shards, is_pipe
 from library.data.storage import MARK, MAX_TEXT_BYTES, is_remote
 from library.data.subset_rows import Source, SubsetRows, table_of
 from library.data.tar_index import ShardIndex, TarSample, index_shards
@@ -46,30 +47,21 @@ HARMFUL = (
 """Kinds of notes in the index of a tar file; others are about what is of no use here."""
 
 
-def shards_of(entries: Sequence[str], cache_dir: str | None) -> list[str]:
-    """Return the tar files that `webdataset_path` stands for, remote ones copied where there is a folder for that.
-
-    Raises:
-        UserError: holds every entry that cannot be used.
-    """
-    shards = expand_shards(entries, where="webdataset_path")
-    if cache_dir is None:
-        return shards
-    return [str(local_copy(shard, cache_dir)) if is_remote(shard) else shard for shard in shards]
-
-
-def read_shards(subset: SubsetSpec, *, index_dir: str | None, copies: str | None) -> list[ShardIndex]:
+def read_shards(subset: SubsetSpec, data: DatasetOptions, *, index_dir: str | None) -> list[ShardIndex]:
     """Index the tar files of a subset.
 
     Args:
         subset: its `webdataset_path`.
+        data: where remote tar files are copied to, and whether commands may be run.
         index_dir: folder for indexes that cannot lie beside their tar file.
-        copies: folder for copies of remote tar files.
 
     Raises:
         UserError: holds every tar file that cannot be used.
     """
-    shards = shards_of(subset.webdataset_path, copies)
+    shards = expand_shards(subset.webdataset_path, where="webdataset_path", pipes=data.allow_pipe_urls)
+    copies = data.webdataset_cache_dir
+    if copies is not None:
+        shards = [str(shard_copy(shard, copies)) if is_remote(shard) or is_pipe(shard) else shard for shard in shards]
     progress = partial(_tell, len(shards)) if len(shards) > 1 else None
     return index_shards(shards, cache_dir=index_dir, progress=progress)
 

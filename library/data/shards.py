@@ -18,15 +18,21 @@ MAX_SHARDS = 1_000_000
 _LISTS = (".yml", ".yaml", ".txt")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
+_COPIED = re.compile(r"pipe:aws s3 cp (s3://\S+) -")
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*):")
 
 
-def expand_shards(entries: str | Sequence[str], *, where: str = "--webdataset_path") -> list[str]:
+def expand_shards(entries: str | Sequence[str], *, where: str = "--webdataset_path", pipes: bool = False) -> list[str]:
     """Return the tar files that `entries` stand for, each once, in order.
 
     An entry is a path, `file:path`, a glob pattern, a pattern with ranges (`data-{0000..0009}.tar`, `{cat,dog}.tar`), a
     folder, `s3://bucket/key.tar`, `s3://bucket/folder/`, `https://host/data.tar`, or a `.yml` or `.txt` file that lists
     such entries. Addresses are neither opened here, except folders on S3, nor given to any shell.
+
+    Args:
+        entries: as the user wrote them.
+        where: what messages start with.
+        pipes: accept `pipe:command` too. Such entries come back as they are, ranges expanded.
 
     Raises:
         UserError: holds every entry that cannot be used.
@@ -35,7 +41,7 @@ def expand_shards(entries: str | Sequence[str], *, where: str = "--webdataset_pa
     problems: list[Problem] = []
     for entry in [entries] if isinstance(entries, str) else entries:
         try:
-            found.update(dict.fromkeys(_expanded(entry, where)))
+            found.update(dict.fromkeys(_expanded(entry, where, pipes=pipes)))
             if len(found) > MAX_SHARDS:
                 raise UserError(f"more than {MAX_SHARDS} shards", where=where)
         except UserError as error:
@@ -46,16 +52,18 @@ def expand_shards(entries: str | Sequence[str], *, where: str = "--webdataset_pa
     return list(found)
 
 
-def _expanded(entry: str, where: str, *, lists: bool = True) -> list[str]:
+def _expanded(entry: str, where: str, *, pipes: bool, lists: bool = True) -> list[str]:
     if not isinstance(entry, str) or not entry.strip():
         raise UserError(f"expected the path of a tar file, got {entry!r}", where=where)
     entry = entry.strip().removeprefix("file://").removeprefix("file:")
     place = f"{where} {entry}"
+    if pipes and is_pipe(entry):
+        return list(expand_braces(entry, place))
     _check_scheme(entry, place)
     if MARK in entry:
         raise UserError(f"holds {MARK!r}, which paths of tar files must not", "Rename it.", where=place)
     if lists and entry.lower().endswith(_LISTS):
-        return list(chain.from_iterable(_expanded(item, entry, lists=False) for item in _list_of(entry)))
+        return list(chain.from_iterable(_expanded(item, entry, pipes=pipes, lists=False) for item in _list_of(entry)))
     if not is_remote(entry) and Path(entry).exists():
         return _in_folder(entry, place) if Path(entry).is_dir() else [entry]
     paths = list(expand_braces(entry, place))
@@ -64,14 +72,21 @@ def _expanded(entry: str, where: str, *, lists: bool = True) -> list[str]:
     return list(chain.from_iterable(_local(path, place) for path in paths))
 
 
+def is_pipe(entry: str) -> bool:
+    """Tell whether an entry is a command whose output is a tar file."""
+    return entry.lower().startswith("pipe:")
+
+
 def _check_scheme(entry: str, place: str) -> None:
     match = _SCHEME.match(entry)
     # One letter is a drive of Windows.
     if match is None or is_remote(entry) or len(match[1]) == 1:
         return
-    if match[1].lower() == "pipe":
-        hint = "Give the address itself (s3://bucket/data.tar), or download the files."
-        raise UserError("pipe: would run a command, which is never done", hint, where=place)
+    if is_pipe(entry):
+        copied = _COPIED.fullmatch(entry)
+        better = f"the address itself: {copied[1]}" if copied else "a path or an address (s3://bucket/data.tar)"
+        hint = f"Give {better}. To have commands run all the same, add --allow_pipe_urls."
+        raise UserError("pipe: would run a command", hint, where=place)
     raise UserError(f"{match[1]}: is not supported", "Use a path, s3://, http:// or https://.", where=place)
 
 

@@ -17,6 +17,7 @@ from library.option_values import nearest
 _log = logging.getLogger(__name__)
 
 _LONG_RUN = 1 << 40
+_LARGEST_SIDE = 16_384
 
 
 def cache_problems(specs: Sequence[DatasetSpec], cache: CacheOptions) -> Iterator[Problem]:
@@ -36,6 +37,25 @@ def cache_problems(specs: Sequence[DatasetSpec], cache: CacheOptions) -> Iterato
                 yield Problem(subset.label, f"{name} needs the pictures at every visit", "Drop it or --cache_latents.")
         if subset.face_crop_aug_range is not None:
             _log.warning("%s: face_crop_aug_range has no effect on cached latents", subset.label)
+
+
+def size_problems(specs: Sequence[DatasetSpec], smallest: int, config: str | None) -> Iterator[Problem]:
+    """Yield sizes of pictures that no model of the family can be trained at.
+
+    Args:
+        specs: data sets, with sizes as pictures are trained.
+        smallest: side of a picture in pixels that the family needs.
+        config: data set file that the sizes are from; None: the command line.
+    """
+    for spec in specs:
+        names = ("resolution", "min_bucket_reso") if config else ("--resolution", "--min_bucket_reso")
+        where, least = (f"{config}: data set {spec.index + 1}: {name}" if config else name for name in names)
+        if min(spec.resolution_wh) < smallest or max(spec.resolution_wh) > _LARGEST_SIDE:
+            size = "{}x{}".format(*spec.resolution_wh)
+            yield Problem(where, f"sides of pictures must have {smallest} to {_LARGEST_SIDE} pixels, not {size}")
+        elif spec.enable_bucket and not spec.bucket_sizes and spec.min_bucket_reso < smallest:
+            what = f"this model needs sides of at least {smallest} pixels, not {spec.min_bucket_reso}"
+            yield Problem(least, what, f"Give {smallest} or more.")
 
 
 def mask_problems(specs: Sequence[DatasetSpec], data: DatasetOptions) -> Iterator[Problem]:

@@ -40,9 +40,12 @@ class StreamedBatches(PlannedBatches):
         super().__init__(data, length, rank=rank, **settings)  # type: ignore[arg-type]
         self._streamed = data
         shards, world = len(data.settings.shards), length.world_size
+        if data.settings.resampled:
+            return
         if shards < world:
             what = f"{shards} tar files cannot be shared out to {world} processes"
-            raise UserError(what, f"Make {world} or more of it, or train without it.", where="--webdataset_streaming")
+            hint = f"Make {world} or more of it, train without it, or add --webdataset_resampled."
+            raise UserError(what, hint, where="--webdataset_streaming")
         # Every loader process needs a tar file of its own.
         self.workers = min(self.workers, shards // world)
 
@@ -112,7 +115,7 @@ class StreamDataset:
             samples = stream.batch(number // self._lanes)
         except StreamBroken as error:
             samples = self._nothing(str(error))
-        return self._served(key, samples)
+        return replace(self._served(key, samples), left_out=stream.take_left_out())
 
     def _served(self, key: BatchKey, samples: Sequence[StreamedSample]) -> Batch:
         catalogue = self._catalogue

@@ -9,11 +9,12 @@ from hashlib import blake2b
 from typing import Any
 
 from library.contracts import ConditionMaker, FamilySpec, Position, RunLength, Tokenizer
-from library.data.dataset_spec import DatasetSpec
+from library.data.dataset_spec import DatasetSpec, SubsetSpec
 from library.data.options import CacheOptions, DatasetOptions
 from library.data.records import empty_table
 from library.data.serving import Catalogue, Placements, Reading
-from library.data.shards import expand_shards
+from library.data.shard_copies import shard_copy
+from library.data.shards import expand_shards, is_pipe
 from library.data.stream_source import SlotStream, StreamSettings, secure_webdataset
 from library.data.summary import settings_digest
 from library.errors import Problem, UserError, raise_problems
@@ -93,7 +94,7 @@ class StreamedData:
         names = "\n".join(shard.replace("\\", "/").rpartition("/")[2] for shard in self.settings.shards)
         digest = blake2b(names.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
         return {
-            "tar files": f"{len(self.settings.shards)} streamed, {digest}",
+            "tar files": f"{len(self.settings.shards)} {'drawn' if self.settings.resampled else 'streamed'}, {digest}",
             "data sets": settings_digest(self.specs),
             "shuffle buffer": self.settings.buffer,
             "batches per epoch": "as long as the run" if self.whole_run else self.batches,
@@ -126,10 +127,12 @@ def open_stream(
     secure_webdataset()
     subset = specs[0].subsets[0]
     settings = StreamSettings(
-        shards=tuple(expand_shards(subset.webdataset_path, where="webdataset_path")),
+        shards=_shards_of(subset, data),
         buffer=data.webdataset_shuffle,
         max_pixels=data.max_image_pixels,
         exif=not data.no_exif_transpose,
+        resampled=data.webdataset_resampled,
+        copies=data.webdataset_cache_dir,
     )
     if subset.num_repeats != 1:
         _log.warning("%s: num_repeats has no effect on streamed tar files", subset.label)
@@ -146,6 +149,13 @@ def open_stream(
     size = data.webdataset_epoch_size
     batches = run_batches if size is None else -(-size // specs[0].batch_size)
     return StreamedData(catalogue, settings, batches or 1, whole_run=size is None)
+
+
+def _shards_of(subset: SubsetSpec, data: DatasetOptions) -> tuple[str, ...]:
+    """Return the tar files; commands are run at once, since what they write has no size before."""
+    shards = expand_shards(subset.webdataset_path, where="webdataset_path", pipes=data.allow_pipe_urls)
+    copies = data.webdataset_cache_dir or ""
+    return tuple(str(shard_copy(shard, copies)) if is_pipe(shard) else shard for shard in shards)
 
 
 def _problems(

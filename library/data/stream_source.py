@@ -12,6 +12,7 @@ import importlib
 import logging
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -25,8 +26,9 @@ from library.data.bad_files import BadFile, printable
 from library.data.buckets import BucketChooser, UnusableSize
 from library.data.dataset_spec import DatasetSpec, SubsetSpec
 from library.data.image_headers import ReadAt
-from library.data.remote_files import remote_facts
+from library.data.remote_files import read_ahead, remote_facts
 from library.data.selection import Selection
+from library.data.shard_copies import shard_copy
 from library.data.shard_scan import judged
 from library.data.storage import Locator, is_remote, reader_of
 from library.data.subset_rows import upright
@@ -34,6 +36,7 @@ from library.data.tar_headers import NotATar, TarWalk
 from library.data.tar_index import TarSample
 from library.data.tar_samples import PICTURE_SUFFIXES, Found, UsedMember, place_of, used_member
 from library.errors import UserError
+from library.files import CannotSave
 from library.randomness import derive, python_random
 
 _log = logging.getLogger(__name__)
@@ -51,12 +54,16 @@ class StreamSettings:
         buffer: samples among which the next one is chosen.
         max_pixels: larger pictures are passed over.
         exif: pictures are turned upright.
+        resampled: shards are drawn with replacement.
+        copies: folder that remote shards are copied into before they are read.
     """
 
     shards: tuple[str, ...]
     buffer: int
     max_pixels: int
     exif: bool
+    resampled: bool = False
+    copies: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +108,7 @@ class SlotStream:
         self._chooser = BucketChooser(spec)
         self._passing_over = False
         self._told: set[str] = set()
+        self._left_out: Counter[str] = Counter()
         self._broken = ""
         self._cut = self._empty = False
         self._batches = self._make_batches()
@@ -125,6 +133,11 @@ class SlotStream:
         self._passing_over = False
         self._given += 1
         return next(self._batches)
+
+    def take_left_out(self) -> dict[str, int]:
+        """Return how many samples were passed over since the last call, by reason."""
+        found, self._left_out = dict(self._left_out), Counter()
+        return found
 
     def first(self, limit: int) -> list[StreamedSample]:
         """Return those of the first `limit` samples that are used, without their pictures' bytes."""
@@ -154,6 +167,8 @@ class SlotStream:
     def _shards_of(self, number: int) -> list[str]:
         """Return the shards of this slot in one pass."""
         shards = list(self._settings.shards)
+        if self._settings.resampled:
+            return python_random(self._seed, "stream", "resampled", self._slot, number).choices(shards, k=len(shards))
         python_random(self._seed, "stream", number).shuffle(shards)
         return shards[self._slot :: self._slots]
 
@@ -178,8 +193,10 @@ class SlotStream:
             key = group.pop("__key__")
             group.pop("__url__", None)
             sample = self._sample(shard, key, group)
-            if sample is not None:
+            if isinstance(sample, StreamedSample):
                 yield sample
+            elif not self._passing_over:
+                self._left_out[sample] += 1
             if self._looked_at == self._limit:
                 return
 
@@ -187,7 +204,7 @@ class SlotStream:
         """Yield what the webdataset package groups: members with name and content, `(UsedMember, bytes or None)`."""
         found = Found()
         try:
-            read_at, size = _opened(shard)
+            read_at, size = _opened(shard, self._settings.copies)
             walk = TarWalk(read_at, size)
             seen: set[str] = set()
             for member in walk:
@@ -202,11 +219,17 @@ class SlotStream:
                 yield {"fname": name, "data": (used, self._content(used, read_at)), "__url__": shard}
             if walk.cut_at is not None:
                 self._cut = not walk.why.startswith("has more")
+                self._count_damage()
                 found.note("damage", f"{walk.why} at byte {walk.cut_at}")
         except (OSError, NotATar, UserError) as error:
             self._cut = True
+            self._count_damage()
             found.note("damage", str(error.problems[0].what) if isinstance(error, UserError) else str(error))
         self._tell(shard, found)
+
+    def _count_damage(self) -> None:
+        if not self._passing_over:
+            self._left_out["tar file damaged or out of reach, counted as one"] += 1
 
     def _content(self, used: UsedMember, read_at: ReadAt) -> bytes | None:
         if self._passing_over or not used.header[0]:
@@ -224,14 +247,14 @@ class SlotStream:
             _log.warning("%s: %s%s", shard, printable(found.notes[-1]), more)
         self._told.add(shard)
 
-    def _sample(self, shard: str, key: str, group: dict[str, tuple[UsedMember, bytes | None]]) -> StreamedSample | None:
-        """Return a sample that the filters let through, in its bucket."""
+    def _sample(self, shard: str, key: str, group: dict[str, tuple[UsedMember, bytes | None]]) -> StreamedSample | str:
+        """Return a sample that the filters let through, in its bucket; or why there is none, in a few words."""
         name = next((suffix for suffix in PICTURE_SUFFIXES if suffix in group), None)
         if name is None:
-            return None
+            return "no picture"
         used, data = group[name]
         if not used.header[0]:
-            return None
+            return "bad picture"
         picture = Locator(shard, used.name, used.offset, used.size)
         texts = {field: member.text for field, (member, _) in group.items() if not member.header[0]}
         accepted, caption = judged(
@@ -240,7 +263,8 @@ class SlotStream:
         if accepted is not True:
             if isinstance(accepted, BadFile):
                 self.why = str(accepted)
-            return None
+                return "picture or JSON cannot be used"
+            return "dataset_filter"
         if caption is None:
             caption = self._subset.class_tokens or ""
             if self._subset.class_tokens is None and not self._empty:
@@ -251,7 +275,7 @@ class SlotStream:
             placement = self._chooser.place((int(widths[0]), int(heights[0])))
         except UnusableSize as error:
             self.why = f"{picture.shard}: {picture.member}: {error}"
-            return None
+            return "too small or too long for any bucket"
         return StreamedSample(picture, data, used.header, caption, placement)
 
 
@@ -288,30 +312,19 @@ def secure_webdataset() -> Any:
     return webdataset
 
 
-def _opened(shard: str) -> tuple[ReadAt, int]:
+def _opened(shard: str, copies: str | None) -> tuple[ReadAt, int]:
     """Return what reads a tar file from front to end, and its size.
 
     Raises:
         OSError: it cannot be read.
         UserError: it cannot be reached.
     """
+    if is_remote(shard) and copies is not None:
+        try:
+            shard = str(shard_copy(shard, copies))
+        except CannotSave as error:
+            _log.warning("%s; %s is read from its server", error, shard)
     if is_remote(shard):
         size = remote_facts(shard)[0]
-        return _ahead(reader_of(shard), size), size
+        return read_ahead(reader_of(shard), size, _AHEAD), size
     return reader_of(shard), Path(shard).stat().st_size
-
-
-def _ahead(read_at: ReadAt, size: int) -> ReadAt:
-    """Ask for large pieces, one after the other, where small ones would each take a way over the network."""
-    begin, held = 0, b""
-
-    def read(offset: int, length: int) -> bytes:
-        nonlocal begin, held
-        length = min(length, size - offset)
-        if not begin <= offset <= offset + length <= begin + len(held):
-            kept = held[offset - begin :] if begin <= offset < begin + len(held) else b""
-            held = kept + read_at(offset + len(kept), min(max(length, _AHEAD), size - offset) - len(kept))
-            begin = offset
-        return held[offset - begin : offset - begin + length]
-
-    return read

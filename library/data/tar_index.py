@@ -24,7 +24,7 @@ from library.data.array_file import NotAnArrayFile, pack_arrays, unpack_arrays
 from library.data.bad_files import BadFile
 from library.data.dataset_file import parse_json
 from library.data.records import TextColumn
-from library.data.remote_files import remote_facts
+from library.data.remote_files import read_ahead, remote_facts
 from library.data.scan_index import RACY_NS
 from library.data.storage import Locator, forget_open, is_remote, reader_of
 from library.data.tar_headers import NotATar
@@ -34,6 +34,8 @@ from library.errors import Problem, UserError, raise_problems
 _log = logging.getLogger(__name__)
 
 FORMAT = 2
+_AHEAD = 1 << 19
+"""Bytes that are fetched at once where headers are far away."""
 _HINT = "Make it anew, for example with tools/make_webdataset.py."
 
 
@@ -184,7 +186,10 @@ def index_shard(shard: str, *, cache_dir: str | None = None) -> ShardIndex:
             return known
     forget_open(shard)
     try:
-        index = _made(shard, version, collect(shard, reader_of(shard), version[0]))
+        read_at = reader_of(shard)
+        if is_remote(shard):
+            read_at = read_ahead(read_at, version[0], _AHEAD)
+        index = _made(shard, version, collect(shard, read_at, version[0]))
     except NotATar as error:
         raise UserError(str(error), _HINT, where=shard) from error
     except OSError as error:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from library.data import cache_files
-from library.data.cache_files import META, BrokenCache, fits, opened, read_meta
+from library.data.cache_files import META, BrokenCache, Verdict, fits, opened, read_meta
 
 CAPTION_CHANGED = "caption changed"
 OTHER_ENCODER = "other text encoder"
@@ -63,14 +63,6 @@ class TextLayout:
 
 def _padded(dtype: str, shape: tuple[int, ...]) -> int:
     return -(-prod(shape) * np.dtype(dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What a look at a file found: why it cannot serve (None: it can), and whether its origin is known."""
-
-    reason: str | None = None
-    known: bool = True
 
 
 def check_texts(path: str, layout: TextLayout, origin: Mapping[str, Any]) -> Verdict:

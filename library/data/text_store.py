@@ -22,6 +22,7 @@ from library.data.cache_files import (
     READ_ONLY_FOLDER,
     BrokenCache,
     CacheFolders,
+    Verdict,
     look_at_all,
     setting_aside,
 )
@@ -33,7 +34,6 @@ from library.data.serving import Catalogue
 from library.data.text_caches import (
     Arrays,
     TextLayout,
-    Verdict,
     caption_hash,
     check_texts,
     read_texts,

@@ -6,10 +6,11 @@ by 32: one of its latent pixels stands for 128/3 pixels of a result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -17,12 +18,19 @@ from torch import Tensor, nn
 
 from library.inference.cascade_extensions import CascadeBatch, CascadeExtension, Control
 from library.inference.cascade_samplers import SAMPLERS
-from library.inference.cascade_sampling import Denoiser, SamplingPlan, noised_start, sample_latents, start_noise
+from library.inference.cascade_sampling import (
+    Denoiser,
+    SamplingPlan,
+    composed,
+    noised_start,
+    sample_latents,
+    start_noise,
+)
 from library.inference.diffusion import UNWATCHED, Watch, join_conditions, picture_generator
 from library.inference.prompt_options import CASCADE_SAMPLES
-from library.inference.prompt_text import PromptEncoder, TokenizedPrompt
+from library.inference.prompt_text import PromptEncoder, TokenizedPrompt, split_parts
 from library.inference.prompts import PromptRequest
-from library.inference.rendering import batches, device_of, filled, on_device
+from library.inference.rendering import device_of, filled, in_order, on_device
 from library.models.cascade.unet import StageInputs
 
 if TYPE_CHECKING:
@@ -60,6 +68,8 @@ class CascadeSettings:
         cfg_t_start: guide from this time on (1 is pure noise).
         cfg_t_stop: guide up to this time.
         sampler: of all pictures; None: the one that each asks for.
+        composes: the word AND in a prompt separates parts, which are drawn together.
+        steers_prompt_only: ControlNets leave the predictions for negative prompts alone.
     """
 
     batch_size: int = 1
@@ -68,6 +78,8 @@ class CascadeSettings:
     cfg_t_start: float = 1.0
     cfg_t_stop: float = 0.0
     sampler: str | None = None
+    composes: bool = False
+    steers_prompt_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,25 +127,25 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A request with its tokens and its place in the answer."""
+    """A request with the tokens of its parts and of its negative prompt."""
 
-    place: int
     request: PromptRequest
     inputs: PictureInputs
     plan: SamplingPlan
-    prompt: TokenizedPrompt
+    parts: tuple[TokenizedPrompt, ...]
     negative: TokenizedPrompt
     extension_keys: tuple[Hashable, ...]
 
     @property
     def chunks(self) -> int:
         """How many chunks the longest of the texts that matter has."""
-        return max(self.prompt.chunks, self.negative.chunks) if self.plan.guided else self.prompt.chunks
+        texts = [*self.parts, self.negative] if self.plan.guided else self.parts
+        return max(text.chunks for text in texts)
 
     @property
     def batch_key(self) -> Hashable:
         """Requests that agree in it can share a batch without changing each other's picture."""
-        return self.request.width, self.request.height, self.plan, self.chunks, self.extension_keys
+        return self.request.width, self.request.height, self.plan, len(self.parts), self.chunks, self.extension_keys
 
 
 class CascadeRenderer:
@@ -222,22 +234,16 @@ class CascadeRenderer:
     ) -> list[CascadeLatents]:
         """Return the latents of stage C, one per request; arguments and errors as for `render`."""
         encoder = self._encoder = self._encoder or PromptEncoder(self.family)
-        jobs = [
-            self._job(encoder, place, request, given)
-            for place, (request, given) in enumerate(zip(requests, filled(inputs, len(requests)), strict=True))
-        ]
-        made: dict[int, CascadeLatents] = {}
-        for batch in batches(jobs, self.settings.batch_size):
-            for job, latents in zip(batch, self._latents(batch, encoder, watch), strict=True):
-                made[job.place] = latents
-        return [made[place] for place in range(len(jobs))]
+        given = zip(requests, filled(inputs, len(requests)), strict=True)
+        jobs = [self._job(encoder, request, picture) for request, picture in given]
+        return in_order(jobs, self.settings.batch_size, lambda batch: self._latents(batch, encoder, watch))
 
     def plan(self, request: PromptRequest) -> SamplingPlan:
         """Return how the latents of a request are made."""
         settings = self.settings
         return SamplingPlan(
             steps=request.steps,
-            cfg=request.scale,
+            cfg=request.scale if request.scale_end is None else (request.scale, request.scale_end),
             cfg_rho=settings.cfg_rho,
             shift=settings.shift if request.shift is None else request.shift,
             t_start=1.0 if request.strength is None else request.strength,
@@ -246,15 +252,15 @@ class CascadeRenderer:
             sampler=settings.sampler or request.sampler,
         )
 
-    def _job(self, encoder: PromptEncoder, place: int, request: PromptRequest, inputs: PictureInputs) -> _Job:
+    def _job(self, encoder: PromptEncoder, request: PromptRequest, inputs: PictureInputs) -> _Job:
         if request.seed is None:
             raise ValueError("a picture needs a seed before it is rendered")
+        parts = split_parts(request.prompt) if self.settings.composes else [request.prompt]
         return _Job(
-            place=place,
             request=request,
             inputs=inputs,
             plan=self.plan(request),
-            prompt=encoder.tokenize(request.prompt),
+            parts=tuple(encoder.tokenize(text) for text in parts),
             negative=encoder.tokenize(request.negative_prompt),
             extension_keys=tuple(extension.batch_key(request, inputs) for extension in self._extensions),
         )
@@ -275,32 +281,37 @@ class CascadeRenderer:
         else:
             start = start_noise(generators, noise_shape, device)
         controls = [control for extension in self._extensions if (control := extension.control(batch)) is not None]
-        denoise = self._denoiser(_inputs(*texts, images[0] if images else None), controls, plan)
+        inputs = _inputs(texts, images[0] if images else None)
+        denoise = composed(self._denoiser(inputs, controls, plan, len(jobs)), len(texts) - 1, len(jobs))
         with on_device([self.family.denoiser], device):
             latents = sample_latents(denoise, plan, generators, start, watch=watch)
-        pooled = [_pooled(text).float() for text in texts]
+        *parts, negative = (_pooled(text).float() for text in texts)
+        # Stage B gets one text: what the parts have in common.
+        prompt = torch.stack(parts).mean(0)
         for row, request in enumerate(requests):
-            yield CascadeLatents(request, latents[row], pooled[0][row], pooled[1][row], generators[row])
+            yield CascadeLatents(request, latents[row], prompt[row], negative[row], generators[row])
 
-    def _texts(self, jobs: Sequence[_Job], encoder: PromptEncoder, device: torch.device) -> tuple[Condition, Condition]:
-        """Return the conditions of prompts and negative prompts."""
+    def _texts(self, jobs: Sequence[_Job], encoder: PromptEncoder, device: torch.device) -> list[Condition]:
+        """Return the conditions of each part of the prompts, and those of the negative prompts."""
+        texts = [*zip(*(job.parts for job in jobs), strict=True), [job.negative for job in jobs]]
         with self._autocast(), on_device(self.family.text_encoders, device):
-            return (
-                encoder.encode([job.prompt for job in jobs], jobs[0].chunks, device),
-                encoder.encode([job.negative for job in jobs], jobs[0].chunks, device),
-            )
+            return [encoder.encode(prompts, jobs[0].chunks, device) for prompts in texts]
 
-    def _denoiser(self, inputs: StageInputs, controls: Sequence[Control], plan: SamplingPlan) -> Denoiser:
+    def _denoiser(
+        self, inputs: StageInputs, controls: Sequence[Control], plan: SamplingPlan, pictures: int
+    ) -> Denoiser:
         """Return stage C with its conditions: those of the prompts, behind them those of the negative prompts."""
-        done = 0
+        done, most = 0, len(inputs.pooled)
 
         def denoise(latents: Tensor, ratio: Tensor) -> Tensor:
             nonlocal done
             residuals = [found for control in controls if (found := control(done / plan.steps)) is not None]
             done += 1
-            given = StageInputs(*(None if value is None else value[: len(latents)] for value in inputs))  # type: ignore[arg-type]
+            rows = len(latents)
+            given = StageInputs(*(None if value is None else value[:rows] for value in inputs))  # type: ignore[arg-type]
+            left_alone = pictures if self.settings.steers_prompt_only and rows == most else 0
             with self._autocast():
-                return self.family.denoiser(latents, ratio, given, control=_joined(residuals, len(latents)))
+                return self.family.denoiser(latents, ratio, given, control=_joined(residuals, rows, left_alone))
 
         return denoise
 
@@ -321,18 +332,20 @@ def _pooled(condition: Condition) -> Tensor:
     return condition.pooled
 
 
-def _inputs(prompt: Condition, negative: Condition, image: Tensor | None) -> StageInputs:
-    """Return the conditions of both branches, [2B, ...]; without prompt there is no image either."""
-    both = join_conditions(prompt, negative)
-    images = None if image is None else torch.cat([image, torch.zeros_like(image)])
-    return StageInputs(_pooled(both), text=both.hidden, image=images)
+def _inputs(texts: Sequence[Condition], image: Tensor | None) -> StageInputs:
+    """Return the conditions of all branches, the negative prompt's last; without prompt there is no image either."""
+    together = reduce(join_conditions, texts)
+    images = None if image is None else torch.cat([*[image] * (len(texts) - 1), torch.zeros_like(image)])
+    return StageInputs(_pooled(together), text=together.hidden, image=images)
 
 
-def _joined(residuals: Sequence[object], rows: int) -> dict[int, Tensor] | None:
-    """Return the sum of residuals, repeated for both branches."""
+def _joined(residuals: Sequence[Mapping[int, Tensor]], rows: int, left_alone: int) -> dict[int, Tensor] | None:
+    """Return the sum of residuals, repeated for all branches; so many rows at the end get none."""
     from library.models.cascade.control_net import add_controls
 
     if not residuals:
         return None
-    total = add_controls(residuals)  # type: ignore[arg-type]
-    return {block: value.repeat(rows // len(value), 1, 1, 1) for block, value in total.items()}
+    total = {block: value.repeat(rows // len(value), 1, 1, 1) for block, value in add_controls(residuals).items()}
+    for value in total.values() if left_alone else ():
+        value[-left_alone:] = 0
+    return total

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library.inference import generation_networks, loading
+from library.inference import loading
 from library.inference.cascade import CASCADE_DEFAULTS, CascadeRenderer, CascadeSettings
 from library.inference.cascade_control import ControlPictures, open_controls
 from library.inference.cascade_decoders import PreviewDecoder, StageBDecoder, StageBSettings
 from library.inference.cascade_extensions import CascadeExtension, ImageVariation, StartPictures
 from library.inference.cascade_loading import CascadeParts, Placement
-from library.inference.drawing import Workshop, asked_prompts, draw_prompts, known_prompts, planned
+from library.inference.drawing import Commission
+from library.inference.generation_networks import read_additions
 from library.inference.options_cascade import STAGE_B, CascadeGenerationOptions
 from library.inference.outputs import PictureFolder
 from library.inference.picture_inputs import InputPictures, PictureFiles, opened
 from library.inference.prompt_files import PromptEntry
 from library.inference.prompt_options import CASCADE_GENERATION
-from library.inference.prompt_sources import ListSource, PromptSource
 from library.inference.prompt_text import PromptEncoder
 from library.inference.studio import Stage, Studio
 from library.models.cascade.specs import STAGE_C
@@ -42,28 +42,23 @@ def generate(opts: CascadeGenerationOptions) -> None:
         UserError: something is missing or does not fit; or, at the end, some pictures could not be made.
         StopTraining: Ctrl-C, or a picture could not be saved.
     """
-    sources = generation_networks.network_sources(opts.networks)
-    generation_networks.check_networks(sources, STAGE_C, show_metadata=opts.networks.network_show_meta)
-    embeddings = generation_networks.read_embeddings(opts.networks.textual_inversion_embeddings)
+    additions = read_additions(opts.networks, STAGE_C, opts.words.train_tokens)
     inputs = InputPictures(_picture_files(opts))
-    source = _prompt_options(opts)
-    prompts = _known_prompts(opts, source, inputs)
-    run = None if prompts is None else planned(prompts, source, defaults(opts), CASCADE_GENERATION)
-    folder = PictureFolder(opts.files, {"Model": Path(opts.model.stage_c_checkpoint_path or "").stem})
+    source, own = _prompts(opts, inputs)
+    commission = Commission(source, inputs, defaults(opts), place=CASCADE_GENERATION, own=own)
+    folder = PictureFolder(opts.files, _facts(opts))
 
     place = _placement(opts)
+    loading.report_device(place.device, place.dtype)
     parts = CascadeParts(opts.model, place)
     # Small and far parts first: what is wrong with them is told before the large one is read.
     decoder = _decoder(opts, parts)
     extensions = _extensions(opts, parts)
     family = parts.stage_c()
-    rows = generation_networks.load_embeddings(family, embeddings)
-    bank = generation_networks.prepare_networks(
-        family, sources, place.dtype, pre_calculate=opts.networks.network_pre_calc
-    )
+    bank, words = additions.join(family, place.dtype, pre_calculate=opts.networks.network_pre_calc)
     # Small as they are, they stay where the parts that they belong to come to run; those that are added to weights
     # which wait elsewhere do so there.
-    for module in (*rows, *(() if opts.networks.network_pre_calc else bank.networks)):
+    for module in (*words, *(() if opts.networks.network_pre_calc else bank.networks)):
         module.to(place.device)
     if opts.control.controlnet_checkpoint_path:
         extensions.append(_control(opts, parts, family.sources.config))
@@ -81,10 +76,7 @@ def generate(opts: CascadeGenerationOptions) -> None:
         return [Stage("", requests, renderer.render(requests, given, watch=watch))]
 
     studio = Studio(make, bank, folder, batch_size=opts.speed.batch_size)
-    if run is None:
-        prompts = asked_prompts(source, opts.values(), renderer, bank.networks)
-        run = planned(prompts, source, defaults(opts), CASCADE_GENERATION)
-    draw_prompts(run, Workshop(studio, inputs, folder), one_by_one=source.interactive)
+    commission.draw(studio, folder, opts.values(), renderer)
 
 
 def defaults(opts: CascadeGenerationOptions) -> PromptRequest:
@@ -101,6 +93,7 @@ def defaults(opts: CascadeGenerationOptions) -> PromptRequest:
         height=height,
         steps=sampling.steps,
         scale=sampling.scale,
+        scale_end=sampling.scale_end,
         shift=sampling.shift,
         sampler=sampling.sampler,
         strength=start,
@@ -121,6 +114,8 @@ def _settings(opts: CascadeGenerationOptions) -> CascadeSettings:
         cfg_rho=sampling.cfg_rho,
         cfg_t_start=sampling.cfg_t_start,
         cfg_t_stop=sampling.cfg_t_stop,
+        composes=True,
+        steers_prompt_only=opts.control.controlnet_cond_only,
     )
 
 
@@ -165,18 +160,29 @@ def _picture_files(opts: CascadeGenerationOptions) -> PictureFiles:
     )
 
 
-def _prompt_options(opts: CascadeGenerationOptions) -> PromptSourceOptions:
-    """Return where prompts come from: without a word about it, and without pictures, somebody types them."""
+def _prompts(
+    opts: CascadeGenerationOptions, inputs: InputPictures
+) -> tuple[PromptSourceOptions, Sequence[PromptEntry] | None]:
+    """Return where prompts come from: without a word about it, and without pictures, somebody types them.
+
+    With pictures that results only look like, there need not be any text.
+    """
     source = opts.source
-    named = source.prompt is not None or source.from_file or source.from_module or source.interactive
-    return source if named or opts.images.image else replace(source, interactive=True)
+    if source.prompt is not None or source.from_file or source.from_module or source.interactive:
+        return source, None
+    if not opts.images.image:
+        return replace(source, interactive=True), None
+    return source, [PromptEntry(str(path), "") for path in inputs.images] if opts.images.varied else None
 
 
-def _known_prompts(
-    opts: CascadeGenerationOptions, source: PromptSourceOptions, inputs: InputPictures
-) -> PromptSource | None:
-    """Return prompts that can be read before the model is loaded; a variation needs no text."""
-    named = source.prompt is not None or source.from_file or source.from_module or source.interactive
-    if not named and opts.images.varied:
-        return ListSource([PromptEntry(str(path), "") for path in inputs.images], dynamic=False)
-    return known_prompts(source, inputs)
+def _facts(opts: CascadeGenerationOptions) -> dict[str, object]:
+    """Return what pictures tell about the run, beside what their prompts say."""
+    sampling, model = opts.sampling, opts.model
+    facts: dict[str, object] = {
+        "Model": Path(model.stage_c_checkpoint_path or "").stem,
+        "CFG rescale": sampling.cfg_rho,
+    }
+    if sampling.decoder != STAGE_B:
+        return {**facts, "Decoder": sampling.decoder}
+    name = model.stage_b_checkpoint_path or model.stage_c_checkpoint_path or ""
+    return {**facts, "Stage B": Path(name).stem, "Stage B steps": sampling.steps_b, "Stage B CFG": sampling.scale_b}

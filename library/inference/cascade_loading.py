@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
 
     from library.checkpoints.load_cascade import LoadedPart
     from library.inference.options_cascade import CascadeFileOptions
+
+
+def _stage(stage: Any, version: str | None, path: Path) -> LoadedPart[Any]:
+    return load_cascade.load_stage(path, stage, version=version)
+
 
 _SHARED: tuple[Part, ...] = ("stage_c", "stage_b")
 """Parts whose files may hold others, too."""
@@ -94,7 +100,7 @@ class CascadeParts:
             UserError: a file is missing, damaged, or of another part.
         """
         options = self._options
-        stage = self._open("stage_c", lambda path: load_cascade.load_stage(path, "c"), "any picture")
+        stage = self._open("stage_c", partial(_stage, "c", options.model_version), "any picture")
         model = StageCModelOptions(
             stage_c_checkpoint_path=options.stage_c_checkpoint_path,
             text_model_checkpoint_path=options.text_model_checkpoint_path,
@@ -112,7 +118,7 @@ class CascadeParts:
 
     def stage_b(self) -> LazyPart:
         """Return stage B; errors as for `stage_c`, also below."""
-        opened = self._open("stage_b", lambda path: load_cascade.load_stage(path, "b"), "--decoder stage_b")
+        opened = self._open("stage_b", partial(_stage, "b", self._options.model_version_b), "--decoder stage_b")
         return self._part(opened, CascadeUNet, "stage B", self.place.dtype)
 
     def stage_a(self) -> LazyPart:

@@ -124,6 +124,33 @@ def noised_start(latents: Tensor, plan: SamplingPlan, generators: Sequence[torch
     return a * latents.float() + b * noise
 
 
+def composed(denoise: Denoiser, parts: int, pictures: int) -> Denoiser:
+    """Return what predicts the noise of prompts of several parts.
+
+    What the parts add to the prediction without condition is summed: "Compositional Visual Generation with Composable
+    Diffusion Models" (https://arxiv.org/abs/2206.01714), equation 11, with weights of 1. Without guidance there is
+    nothing that a part is measured from, and their mean is taken.
+
+    Args:
+        denoise: predicts for each part of all pictures, and then without condition.
+        parts: how many a prompt has.
+        pictures: how many there are.
+    """
+    if parts == 1:
+        return denoise
+
+    def compose(latents: Tensor, ratio: Tensor) -> Tensor:
+        guided = len(latents) > pictures
+        count = parts + guided
+        found = denoise(repeated(latents[:pictures], count), ratio[:1].expand(count * pictures)).chunk(count)
+        if not guided:
+            return torch.stack(found).mean(0)
+        *towards, away = found
+        return torch.cat([away + torch.stack([one - away for one in towards]).sum(0), away])
+
+    return compose
+
+
 def guide(prediction: Tensor, scale: float, rho: float) -> Tensor:
     """Return the guided prediction [B,C,h,w] of predictions with and without condition [2B,C,h,w]."""
     towards, away = prediction.chunk(2)

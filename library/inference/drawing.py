@@ -6,7 +6,6 @@ import logging
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from library.errors import Problem, UserError
@@ -19,95 +18,78 @@ if TYPE_CHECKING:
     from library.inference.options import PromptSourceOptions
     from library.inference.outputs import PictureFolder
     from library.inference.picture_inputs import InputPictures
+    from library.inference.prompt_files import PromptEntry
     from library.inference.prompt_sources import PromptSource
     from library.inference.prompts import PromptRequest
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Workshop:
-    """What draws: the studio, what its pictures are made from, and the folder that they go to."""
+class Commission:
+    """What shall be drawn: prompts that are known are read at once, others when the model that draws is there."""
 
-    studio: Studio
-    inputs: InputPictures
-    folder: PictureFolder
+    def __init__(
+        self,
+        source: PromptSourceOptions,
+        inputs: InputPictures,
+        defaults: PromptRequest,
+        *,
+        place: Place = GENERATION,
+        own: Sequence[PromptEntry] | None = None,
+    ) -> None:
+        """Read prompts that are known already, so that mistakes are told before a model is loaded.
 
+        Args:
+            source: where prompts come from, and how often each is drawn.
+            inputs: what pictures are made from; without a word about prompts, theirs are drawn.
+            defaults: what prompts leave open.
+            place: decides which options prompts have.
+            own: prompts of the inputs; None: those that they were made from.
 
-def known_prompts(source: PromptSourceOptions, inputs: InputPictures) -> PromptSource | None:
-    """Return prompts that can be read before the model is loaded; None: they are asked for later.
+        Raises:
+            UserError: a file of prompts cannot be read, a picture does not tell its own, or none can be used.
+        """
+        self._source, self._inputs, self._defaults, self._place = source, inputs, defaults, place
+        self._run: PromptRun | None = None
+        if source.from_file:
+            self._run = self._planned(file_source(source.from_file))
+        elif source.prompt is not None:
+            self._run = self._planned(line_source(source.prompt))
+        elif not (source.interactive or source.from_module):
+            self._run = self._planned(ListSource(inputs.own_prompts() if own is None else own, dynamic=False))
 
-    Raises:
-        UserError: a file of prompts cannot be read, or a picture does not tell its own.
-    """
-    if source.from_file:
-        return file_source(source.from_file)
-    if source.prompt is not None:
-        return line_source(source.prompt)
-    if source.interactive or source.from_module:
-        return None
-    return ListSource(inputs.own_prompts(), dynamic=False)
+    def _planned(self, prompts: PromptSource) -> PromptRun:
+        run = PromptRun(prompts, _plan(self._source), self._defaults, place=self._place, on_problem=_report)
+        run.check()
+        return run
 
+    def draw(self, studio: Studio, folder: PictureFolder, values: Mapping[str, Any], renderer: object) -> None:
+        """Draw all prompts, and tell what went wrong.
 
-def asked_prompts(
-    source: PromptSourceOptions, values: Mapping[str, Any], renderer: object, networks: Sequence[object]
-) -> PromptSource:
-    """Return prompts that a file of the user's own makes, or that somebody types.
+        Args:
+            studio: draws.
+            folder: where it puts the pictures.
+            values: all options of the run by name, for a file of the user's own that makes prompts.
+            renderer: what draws in the studio, likewise.
 
-    Args:
-        source: where prompts come from.
-        values: all options of the run by name.
-        renderer: what draws.
-        networks: those that are applied to the model.
-
-    Raises:
-        UserError: the file cannot be used.
-    """
-    if source.from_module:
-        return ModuleSource(source.from_module, Namespace(**values), renderer, networks)
-    return InteractiveSource(_ask)
-
-
-def planned(
-    prompts: PromptSource, source: PromptSourceOptions, defaults: PromptRequest, place: Place = GENERATION
-) -> PromptRun:
-    """Return the pictures of a run, planned; prompts that are known already are read once.
-
-    Args:
-        prompts: what to draw.
-        source: how often.
-        defaults: what prompts leave open.
-        place: decides which options prompts have.
-
-    Raises:
-        UserError: none of the known prompts can be used.
-    """
-    run = PromptRun(prompts, _plan(source), defaults, place=place, on_problem=_report)
-    run.check()
-    return run
-
-
-def draw_prompts(run: PromptRun, workshop: Workshop, *, one_by_one: bool = False) -> None:
-    """Draw all prompts, and tell what went wrong.
-
-    Args:
-        run: the pictures.
-        workshop: what draws.
-        one_by_one: somebody types prompts, and wants to see the pictures of each before the next, whatever the batch.
-
-    Raises:
-        UserError: at the end, if some pictures could not be made.
-        StopTraining: Ctrl-C, or a picture could not be saved.
-    """
-    studio, inputs = workshop.studio, workshop.inputs
-    logger.info("seed of the run: %d", run.seed)
-    pictures = (_pictures(studio, inputs, run.pictures_before, group) for group in run.groups())
-    if one_by_one:
-        for group in pictures:
-            studio.draw(group)
-    else:
-        studio.draw(picture for group in pictures for picture in group)
-    _conclude(workshop.folder, studio, run)
+        Raises:
+            UserError: that file cannot be used; or, at the end, some pictures could not be made.
+            StopTraining: Ctrl-C, or a picture could not be saved.
+        """
+        source = self._source
+        if source.from_module:
+            run = self._planned(ModuleSource(source.from_module, Namespace(**values), renderer, studio.networks))
+        else:
+            run = self._run or self._planned(InteractiveSource(_ask))
+        logger.info("seed of the run: %d", run.seed)
+        pictures = (_pictures(studio, self._inputs, run.pictures_before, group) for group in run.groups())
+        if source.interactive:
+            # Who types prompts wants to see the pictures of each before the next, whatever the batch.
+            for group in pictures:
+                studio.draw(group)
+        else:
+            studio.draw(picture for group in pictures for picture in group)
+        _conclude(folder, studio, run)
 
 
 def _plan(options: PromptSourceOptions) -> PromptPlan:
@@ -148,6 +130,8 @@ def _pictures(studio: Studio, inputs: InputPictures, before: int, group: Sequenc
     """Yield the pictures of a prompt; one whose own files cannot be read is reported and left out."""
     if group[0].clip_prompt:
         logger.warning("%s: --c is only stored with the picture: nothing here guides by CLIP", group[0].where)
+    if group[0].controlnet_image and inputs.nets_option:
+        logger.warning("%s: --cn has no effect: there is no %s", group[0].where, inputs.nets_option)
     for turn, request in enumerate(group, start=before):
         try:
             yield inputs.picture(turn, request)

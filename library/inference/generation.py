@@ -6,14 +6,8 @@ import logging
 from typing import TYPE_CHECKING
 
 from library.inference import loading
-from library.inference.drawing import Workshop, asked_prompts, draw_prompts, known_prompts, planned
-from library.inference.generation_networks import (
-    check_networks,
-    load_embeddings,
-    network_sources,
-    prepare_networks,
-    read_embeddings,
-)
+from library.inference.drawing import Commission
+from library.inference.generation_networks import read_additions
 from library.inference.making import make_maker, make_renderer
 from library.inference.outputs import PictureFolder
 from library.inference.picture_inputs import InputPictures, named_files
@@ -35,29 +29,22 @@ def generate(opts: GenerationOptions) -> None:
     """
     path = loading.find_checkpoint(opts.model.ckpt or "")
     spec = loading.recognise(path, opts.model)
-    sources = network_sources(opts.networks)
-    check_networks(sources, spec, show_metadata=opts.networks.network_show_meta)
-    embeddings = read_embeddings(opts.networks.textual_inversion_embeddings)
+    additions = read_additions(opts.networks, spec)
     inputs = InputPictures(named_files(opts))
-    prompts = known_prompts(opts.source, inputs)
-    run = None if prompts is None else planned(prompts, opts.source, defaults(opts))
+    commission = Commission(opts.source, inputs, defaults(opts))
     folder = PictureFolder(opts.files, {"Model": path.stem, "Clip skip": opts.text.clip_skip})
 
     device, dtype = loading.choose_device(), loading.precision(opts.speed)
     loading.report_device(device, dtype)
     family = loading.load_family(opts, path, spec, device)
     family.vae.work_in(slices=opts.speed.vae_slices or 1, channels_last=opts.speed.opt_channels_last)
-    load_embeddings(family, embeddings)
     pre_calculate = opts.networks.network_pre_calc and not inputs.regional
     if opts.networks.network_pre_calc and inputs.regional:
         logger.warning("--network_pre_calc has no effect: networks with regions cannot be part of the weights")
-    bank = prepare_networks(family, sources, dtype, pre_calculate=pre_calculate)
+    bank, _ = additions.join(family, dtype, pre_calculate=pre_calculate)
     renderer = make_renderer(opts, family, bank.networks, dtype)
     studio = Studio(make_maker(opts.highres, renderer), bank, folder, batch_size=opts.speed.batch_size)
-    if run is None:
-        prompts = asked_prompts(opts.source, opts.values(), renderer, bank.networks)
-        run = planned(prompts, opts.source, defaults(opts))
-    draw_prompts(run, Workshop(studio, inputs, folder), one_by_one=opts.source.interactive)
+    commission.draw(studio, folder, opts.values(), renderer)
 
 
 def defaults(opts: GenerationOptions) -> PromptRequest:

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 from library.checkpoints.headers import read_header
 from library.checkpoints.hypernetwork_file import read_hypernetwork
 from library.errors import Problem, UserError, raise_problems
+from library.inference.generation_words import NetworkWords, TokenChanges, Vocabulary, network_words, read_words
 from library.models.network_files import KohyaFile, load_readable, merge_networks
 from library.models.network_module import HYPERNETWORK, MODULES, argument_problems, calling, import_network_module
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
-    from library.checkpoints.embedding_file import Embedding
     from library.contracts import FamilySpec
     from library.inference.options import NetworkUseOptions
     from library.inference.prompts import PromptRequest
     from library.models.family import ModelFamily
-    from library.models.token_rows import TokenRows
 
 logger = logging.getLogger(__name__)
 
@@ -134,11 +134,14 @@ class _Attached:
     source: NetworkSource
     network: Any
     calculated: bool
+    words: TokenChanges | None = None
     strength: float | None = None
 
     def set_strength(self, strength: float) -> None:
         """Change the strength; at 0 the network leaves its layers, where it can, so that nothing of it is left."""
         network = self.network
+        if self.words is not None:
+            self.words.strength = strength
         if self.calculated:
             network.set_multiplier(strength)
             network.set_enabled(False)
@@ -199,27 +202,67 @@ class NetworkBank:
         self._current = wanted
 
 
-def prepare_networks(
-    family: ModelFamily, sources: Sequence[NetworkSource], dtype: torch.dtype, *, pre_calculate: bool = False
-) -> NetworkBank:
-    """Merge what is to be merged and attach the rest.
+@dataclass(frozen=True, slots=True)
+class Additions:
+    """What the options add to a model: networks, and words.
+
+    Attributes:
+        sources: the networks, in order.
+        words: what the model is taught.
+    """
+
+    sources: tuple[NetworkSource, ...]
+    words: Vocabulary
+
+    def join(
+        self, family: ModelFamily, dtype: torch.dtype, *, pre_calculate: bool = False
+    ) -> tuple[NetworkBank, list[nn.Module]]:
+        """Teach a model the words, merge what is to be merged and attach the rest.
+
+        Args:
+            family: it learns words; its weights change, or get networks attached.
+            dtype: number format of attached networks.
+            pre_calculate: add attached networks to the weights before each batch, where they can.
+
+        Returns:
+            The attached networks, and the modules that hold vectors of words.
+
+        Raises:
+            UserError: a file or module cannot be used with this model, or a word is known already.
+        """
+        rows, changes = self.words.teach(family)
+        attached = []
+        for source, changed in zip(self.sources, changes, strict=True):
+            if source.merged:
+                _merge(family, source)
+                if changed is not None:
+                    changed.strength = source.strength
+            else:
+                attached.append(_attach(family, source, dtype, pre_calculate=pre_calculate))
+                attached[-1].words = changed
+        return NetworkBank(attached), [*rows, *(changed for changed in changes if changed is not None)]
+
+
+def read_additions(options: NetworkUseOptions, spec: FamilySpec, began: Sequence[str] = ()) -> Additions:
+    """Look at networks and embeddings before the model is loaded.
 
     Args:
-        family: its weights change, or get networks attached.
-        sources: the networks, in order.
-        dtype: number format of attached networks.
-        pre_calculate: add attached networks to the weights before each batch, where they can.
+        options: which ones.
+        spec: of the model that they shall change.
+        began: what new words of the original trainer of Stable Cascade began with.
 
     Raises:
-        UserError: a file or module cannot be used with this model.
+        UserError: a file is damaged or for another model, or a module cannot be used.
     """
-    bank = []
-    for source in sources:
-        if source.merged:
-            _merge(family, source)
-        else:
-            bank.append(_attach(family, source, dtype, pre_calculate=pre_calculate))
-    return NetworkBank(bank)
+    sources = network_sources(options)
+    check_networks(sources, spec, show_metadata=options.network_show_meta)
+    held = [_words_of(source) for source in sources]
+    return Additions(tuple(sources), Vocabulary(read_words(options.textual_inversion_embeddings), held, began))
+
+
+def _words_of(source: NetworkSource) -> NetworkWords:
+    where = f"{_OPTION} {source.path}"
+    return NetworkWords(where) if source.foreign or source.module == HYPERNETWORK else network_words(source.path, where)
 
 
 def _merge(family: ModelFamily, source: NetworkSource) -> None:
@@ -284,41 +327,3 @@ def _text_encoder(family: ModelFamily) -> Any:
     """One text encoder as it is, several as a list: modules choose their names by that."""
     encoders = family.text_encoders
     return encoders[0] if len(encoders) == 1 else list(encoders)
-
-
-def read_embeddings(paths: Sequence[str]) -> dict[str, Embedding]:
-    """Return the embeddings of `--textual_inversion_embeddings` by their paths, before the model is loaded.
-
-    Raises:
-        UserError: holds a problem for every file that is no embedding.
-    """
-    from library.checkpoints.embedding_file import read_embedding
-
-    found: dict[str, Embedding] = {}
-    problems: list[Problem] = []
-    for path in paths:
-        try:
-            found[path] = read_embedding(path)
-        except UserError as error:
-            problems += error.problems
-    raise_problems(problems)
-    return found
-
-
-def load_embeddings(family: ModelFamily, embeddings: Mapping[str, Embedding]) -> list[TokenRows]:
-    """Teach the model words, each file's name without suffix, and return their vectors.
-
-    Raises:
-        UserError: an embedding is for another model, or its word is known already.
-    """
-    from library.models.token_rows import add_words, embedding_widths
-
-    widths = embedding_widths(family)
-    added: list[TokenRows] = []
-    for path, embedding in embeddings.items():
-        where = f"--textual_inversion_embeddings {path}"
-        word = Path(path).stem
-        for rows in add_words(family, {word: embedding.rows_for(widths, where)}, where=where, may_hide=True):
-            added.append(rows.requires_grad_(False))
-        logger.info("%s: the word %s stands for %d vectors", path, word, embedding.count)
-    return added

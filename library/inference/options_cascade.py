@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from library import cascade_config
+from library.checkpoints.cascade_configs import CONFIGS
+from library.config_file import ForeignConfig
 from library.errors import Problem
 from library.files import check_writable_folder
 from library.inference.cascade_samplers import SAMPLERS
@@ -18,7 +22,9 @@ from library.inference.options import (
     side,
 )
 from library.models.cascade.options import BIG_G
+from library.models.token_items import token_list
 from library.option_groups import OptionGroup, OptionSet, opt
+from library.option_parser import ConfigOptions
 
 STAGE_B, PREVIEWER = "stage_b", "previewer"
 DECODERS = (STAGE_B, PREVIEWER)
@@ -26,6 +32,18 @@ START, VARIATION = "start", "variation"
 _SIDE = 1024
 _WITH_B = {"decoder": (STAGE_B,)}
 _NETS = "controlnet_checkpoint_path"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeConfigOptions(ConfigOptions, title="config"):
+    """Options from files. YAML files of the original program may also begin the command line."""
+
+    config_file_b: str | None = opt(
+        None,
+        path=True,
+        needs={"config_file": ()},
+        help="Second YAML file of the original program, where --config_file is one: that of stage B (or C).",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +81,16 @@ class CascadeFileOptions(OptionGroup, title="model"):
     tokenizer_cache_dir: str | None = opt(
         None, path=True, help="Folder for tokenizer files. The CLIP vocabulary is built in, so none are needed."
     )
+    model_version: str | None = opt(
+        None,
+        choices=tuple(version for stage, version in CONFIGS if stage == "c"),
+        help="Refuse a stage C of another structure than this. Default: what the file holds.",
+    )
+    model_version_b: str | None = opt(
+        None,
+        choices=tuple(version for stage, version in CONFIGS if stage == "b"),
+        help="Refuse a stage B of another structure than this. Default: what the file holds.",
+    )
     no_text_mask: bool = opt(
         False, help="Let the text encoder see padding, for models that sd-scripts trained. Other programs do not."
     )
@@ -72,8 +100,8 @@ class CascadeFileOptions(OptionGroup, title="model"):
         if not self.stage_c_checkpoint_path:
             yield Problem("--stage_c_checkpoint_path", "is required", "Give stage_c.safetensors or a folder.")
         for name, value in vars(self).items():
-            downloaded = name in ("text_model_checkpoint_path", "tokenizer_cache_dir")
-            if isinstance(value, str) and not downloaded and not Path(value).exists():
+            file = name.endswith("_checkpoint_path") and name != "text_model_checkpoint_path"
+            if file and isinstance(value, str) and not Path(value).exists():
                 yield Problem(f"--{name} {value}", "no such file or folder", "Check the path.")
 
 
@@ -111,6 +139,9 @@ class CascadeSamplingOptions(OptionGroup, title="sampling"):
     )
     steps: int = opt(20, at_least=1, at_most=1000, help="Steps of stage C.")
     scale: float = opt(4.0, help="How much the prompt counts in stage C (guidance scale); at 1 there is no guidance.")
+    scale_end: float | None = opt(
+        None, help="Let --scale go evenly to this from the first step to the last. Default: it stays. --le in a prompt."
+    )
     shift: float = opt(
         2.0, at_least=0.01, at_most=100, help="Shift of stage C's noise: above 1, more of it at the same time."
     )
@@ -138,6 +169,19 @@ class CascadeSamplingOptions(OptionGroup, title="sampling"):
     def size_wh(self) -> tuple[int, int]:
         """Width and height of pictures that ask for no other."""
         return self.W or _SIDE, self.H or _SIDE
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeWordOptions(OptionGroup, title="trained words"):
+    """Words in LoRA files. Those of this program's files need no word about them."""
+
+    train_tokens: tuple[str, ...] = opt(
+        (),
+        convert=token_list,
+        needs={"network_weights": ()},
+        help="For LoRA files of the original trainer, which do not say what their words are: as in the training, "
+        "such as '[fernando]=^dog</w>'.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +241,9 @@ class CascadeControlOptions(OptionGroup, title="ControlNet"):
     controlnet_multipliers: tuple[float, ...] = opt(
         (), needs={_NETS: ()}, help="Strength of each ControlNet. Default: 1."
     )
+    controlnet_cond_only: bool = opt(
+        False, needs={_NETS: ()}, help="Steer only the predictions for the prompt, not those for the negative prompt."
+    )
     controlnet_ratios: tuple[float, ...] = opt(
         (),
         at_least=0,
@@ -234,6 +281,7 @@ class CascadeGenerationOptions(
 ):
     """Everything about making pictures with Stable Cascade."""
 
+    config: CascadeConfigOptions = field(default_factory=CascadeConfigOptions)
     model: CascadeFileOptions = field(default_factory=CascadeFileOptions)
     speed: CascadeSpeedOptions = field(default_factory=CascadeSpeedOptions)
     source: PromptSourceOptions = field(default_factory=PromptSourceOptions)
@@ -241,8 +289,20 @@ class CascadeGenerationOptions(
     sampling: CascadeSamplingOptions = field(default_factory=CascadeSamplingOptions)
     text: PromptTextOptions = field(default_factory=PromptTextOptions)
     networks: NetworkUseOptions = field(default_factory=NetworkUseOptions)
+    words: CascadeWordOptions = field(default_factory=CascadeWordOptions)
     images: CascadeImageOptions = field(default_factory=CascadeImageOptions)
     control: CascadeControlOptions = field(default_factory=CascadeControlOptions)
+
+    @classmethod
+    def spell_out(cls, words: Sequence[str]) -> list[str]:
+        """Return the command line with the names of options before YAML files that begin it."""
+        return cascade_config.spell_out_two(list(words))
+
+    @classmethod
+    def foreign_config(cls, name: str, typed: Mapping[str, Any]) -> ForeignConfig | None:
+        """Read YAML files of the original program."""
+        offered = {option.name for option in cls.options().values() if option.offered}
+        return cascade_config.read_for_pictures(name, second=typed.get("config_file_b"), offered=offered, typed=typed)
 
     def check_together(self) -> Iterator[Problem]:
         """Times of guidance must be in order, and one process draws."""

@@ -114,6 +114,11 @@ class InputPictures:
         return tuple(self._images)
 
     @property
+    def nets_option(self) -> str:
+        """Names the ControlNets where there are none, so that guide pictures have no effect; else empty."""
+        return "" if self._nets else self._files.nets_option
+
+    @property
     def regional(self) -> bool:
         """Whether the mask says where networks and parts of the prompt hold."""
         return self._regional

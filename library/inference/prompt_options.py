@@ -282,6 +282,7 @@ GENERATION = Place((*_SHARED, _SEEDS, *_SHARED_REST, *_GENERATION_ONLY))
 _CASCADE: tuple[PromptOption, ...] = (
     *_SHARED,
     PromptOption("l", "scale", _number, "scale"),
+    PromptOption("le", "scale_end", _number_or_none, "scale_end"),
     PromptOption("ss", "sample_sampler", _one_of(SAMPLERS), "sampler"),
     PromptOption("t", "t_start", _from_to(0.001, 1), "strength"),
     PromptOption("f", "shift", _from_to(0.01, 100), "shift"),

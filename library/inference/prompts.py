@@ -59,6 +59,7 @@ class PromptRequest:
         negative_scale: scale of the negative prompt on its own; None: there is one scale.
         strength: how much of the picture to start from is painted anew, 0 to 1; None: the default.
         shift: of the noise schedule, for models that have one; None: the default.
+        scale_end: what the scale of guidance becomes towards the end, for models that can change it; None: it stays.
         clip_prompt: another prompt for CLIP.
         multipliers: strengths of the networks, the last one for all that follow; None: those of the command line.
         file_name: of the picture, without folder.
@@ -90,6 +91,7 @@ class PromptRequest:
     negative_scale: float | None = None
     strength: float | None = None
     shift: float | None = None
+    scale_end: float | None = None
     clip_prompt: str | None = None
     multipliers: tuple[float, ...] | None = None
     file_name: str | None = None

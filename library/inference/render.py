@@ -30,7 +30,7 @@ from library.inference.extensions import (
     StepHooks,
 )
 from library.inference.prompt_text import PromptEncoder, TokenizedPrompt
-from library.inference.rendering import alike, batches, device_of, filled, on_device, to_picture
+from library.inference.rendering import alike, device_of, filled, in_order, on_device, to_picture
 from library.inference.samplers import make_scheduler
 
 if TYPE_CHECKING:
@@ -60,9 +60,8 @@ class RenderSettings:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A request with its tokens and its place in the answer."""
+    """A request with its tokens."""
 
-    place: int
     request: PromptRequest
     inputs: PictureInputs
     seed: int
@@ -164,15 +163,9 @@ class DiffusionRenderer:
     ) -> list[Tensor]:
         """Return the scaled latents [C,h,w] of one picture per request; arguments and errors as for `render`."""
         encoder = self._encoder = self._encoder or PromptEncoder(self.family)
-        jobs = [
-            self._job(encoder, place, request, given)
-            for place, (request, given) in enumerate(zip(requests, filled(inputs, len(requests)), strict=True))
-        ]
-        latents: dict[int, Tensor] = {}
-        for batch in batches(jobs, self.settings.batch_size):
-            for job, picture in zip(batch, self._latents(batch, encoder, watch), strict=True):
-                latents[job.place] = picture
-        return [latents[place] for place in range(len(jobs))]
+        given = zip(requests, filled(inputs, len(requests)), strict=True)
+        jobs = [self._job(encoder, request, picture) for request, picture in given]
+        return in_order(jobs, self.settings.batch_size, lambda batch: self._latents(batch, encoder, watch))
 
     @torch.no_grad()
     def decode(self, latents: Sequence[Tensor]) -> list[Image]:
@@ -200,14 +193,13 @@ class DiffusionRenderer:
             finished.append(picture)
         return finished
 
-    def _job(self, encoder: PromptEncoder, place: int, request: PromptRequest, inputs: PictureInputs) -> _Job:
+    def _job(self, encoder: PromptEncoder, request: PromptRequest, inputs: PictureInputs) -> _Job:
         if request.seed is None:
             raise ValueError("a picture needs a seed before it is rendered")
         text = request.prompt
         for extension in self._extensions:
             text = extension.prompt(request, text)
         return _Job(
-            place=place,
             request=request,
             inputs=inputs,
             seed=request.seed,

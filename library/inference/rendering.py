@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -26,6 +26,9 @@ class Batched(Protocol):
 Job = TypeVar("Job", bound=Batched)
 
 
+Result = TypeVar("Result")
+
+
 class NotFinite(Exception):
     """A picture came out with values that are not numbers, even when it was decoded in float32."""
 
@@ -43,6 +46,14 @@ def batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
     for group in groups.values():
         for start in range(0, len(group), size):
             yield group[start : start + size]
+
+
+def in_order(jobs: Sequence[Job], size: int, make: Callable[[list[Job]], Iterable[Result]]) -> list[Result]:
+    """Return what `make` makes of each job, in their order; it is given batches, and yields one result per job."""
+    made: dict[int, Result] = {}
+    for batch in batches(jobs, size):
+        made.update(zip(map(id, batch), make(batch), strict=True))
+    return [made[id(job)] for job in jobs]
 
 
 def alike(latents: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:

@@ -69,6 +69,11 @@ class Studio:
         self.failed = 0
         """Pictures that could not be made."""
 
+    @property
+    def networks(self) -> list[Any]:
+        """The networks that are attached to the model."""
+        return self._bank.networks
+
     def draw(self, pictures: Iterable[Picture]) -> None:
         """Draw pictures in order, neighbours that may share a batch together.
 

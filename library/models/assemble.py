@@ -45,10 +45,11 @@ def build_module(
     """
     with torch.device("meta"):
         module = make()
-    _check_fit(module, tensors, what)
+    check_fit(module, tensors, what)
     placed = {
-        # Whole numbers, such as the step counts of batch norms, stay what they are.
-        name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+        # Whole numbers, such as the step counts of batch norms, stay what they are. `data`: thirds of one tensor of a
+        # file would share its count of changes, and autograd would take an update of one for an update of all.
+        name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None).data
         for name, tensor in tensors.items()
     }
     module.load_state_dict(placed, strict=True, assign=True)
@@ -58,7 +59,12 @@ def build_module(
     return module.eval()
 
 
-def _check_fit(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Refuse tensors whose names and shapes are not those of a module, which may be on the meta device.
+
+    Raises:
+        UserError: names what is missing, unexpected or of another shape.
+    """
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     problems = []
     for label, names in (

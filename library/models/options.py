@@ -125,6 +125,15 @@ class TextOptions(OptionGroup, title="text"):
         help="Pad captions only to the longest one of their batch, not to 77 tokens.",
     )
 
+    def cache_origin(self) -> dict[str, Any]:
+        """Return what the outputs of text encoders depend on besides weights and captions."""
+        return {
+            "clip_skip": self.clip_skip,
+            "max_token_length": self.max_token_length,
+            "weighted": self.weighted_captions,
+            "padded": not self.no_token_padding,
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryOptions(OptionGroup, title="memory", resume="free"):

@@ -119,6 +119,7 @@ def add_words(
     *,
     where: str = "--token_string",
     may_hide: bool = False,
+    any_case: bool = False,
 ) -> tuple[TokenRows, ...]:
     """Make a model know new words: its tokenizers find them, and its text encoders have vectors for them.
 
@@ -127,6 +128,7 @@ def add_words(
         words: word to its vectors, [n,d] for each text encoder; see `ClipTokenizer.with_words` for how it is used.
         where: what gave the words, for messages.
         may_hide: a word may hide one that the vocabulary has, as embedding files do that are called like a word.
+        any_case: capital letters in the words do not count.
 
     Returns:
         The new rows, one module per text encoder, of all words in their order. They need a gradient; whoever only draws
@@ -142,7 +144,7 @@ def add_words(
     for number, (encoder, tokenizer) in enumerate(zip(family.text_encoders, family.tokenizers, strict=True)):
         embedding = input_embedding(encoder)
         counts = {word: len(vectors[number]) for word, vectors in words.items()}
-        tokenizers.append(tokenizer.with_words(counts, where=where, may_hide=may_hide))
+        tokenizers.append(tokenizer.with_words(counts, where=where, may_hide=may_hide, any_case=any_case))
         together = torch.cat([vectors[number].float() for vectors in words.values()])
         added.append((TokenRows(together.to(embedding.weight.device), tokenizer.size), embedding))
     for rows, embedding in added:

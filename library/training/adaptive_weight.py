@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
+from library.training.scalars import Histogram
 
 BUCKETS = 300
 _RANGE = (-10.0, 10.0)
@@ -49,6 +50,12 @@ class AdaptiveWeight:
         mean = total / count.clamp(min=1)
         self.losses = torch.where(count > 0, _KEPT * self.losses + (1 - _KEPT) * mean, self.losses)
         self._seen.zero_()
+
+    def histogram(self) -> Histogram:
+        """Return the averages over log SNR, the outermost ranges as wide as the others."""
+        inner = self._edges.tolist()
+        width = inner[1] - inner[0]
+        return Histogram([inner[0] - width, *inner, inner[-1] + width], self.losses.tolist())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages."""

@@ -54,7 +54,8 @@ def find_beginning(opts: TrainingOptions, data: TrainingData, device: torch.devi
     if ranks.is_main:
         for line in length_report(length, samples_per_epoch=data.num_train_images + data.num_reg_images):
             logger.info("%s", line)
-    identity = Identity(resume_fingerprint(opts), data.fingerprint(), _base_model(opts), _environment(device))
+    training = f"{opts.tracker_name} ({data.family.name})"
+    identity = Identity(resume_fingerprint(opts), data.fingerprint(), _base_model(opts), _environment(device), training)
     stored = _stored(opts, ranks)
     named = named_position(opts.start_options(), length)
     if stored is None:
@@ -126,8 +127,8 @@ def _base_model(opts: TrainingOptions) -> dict[str, Any]:
 
 def _name_and_hash(name: str) -> dict[str, Any]:
     path = Path(name)
-    # What is no path is the id of a repository, which keeps its owner's name.
-    if not path.exists():
+    # What is no path is the id of a repository, which keeps its owner's name; where there is nothing there is no name.
+    if not name or not path.exists():
         return {"name": name, "hash": ""}
     return {"name": path.name, "hash": legacy_hash(path) if path.is_file() else _folder_mark(path)}
 

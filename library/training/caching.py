@@ -90,6 +90,8 @@ def fill_latents(
     vae = family.fingerprint("vae")
     plan: LatentPlan = run.broadcast(data.latent_plan(vae) if run.is_main else None)
     logger.info("latent cache: %s", plan.describe())
+    if plan.unknown and family.spec.foreign_latents:
+        logger.warning("%d files of cached latents tell no origin: %s", plan.unknown, family.spec.foreign_latents)
     if failed is None:
         _require_pictures(data, plan)
     todo = plan.on_disk() if disk_only else plan

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from library.contracts import FamilySpec
+    from library.data.dataset import TrainingData
     from library.models.cascade.base import CascadeFamily
     from library.training.options_cascade import StageTuneOptions
 
@@ -16,6 +17,16 @@ _SHARE = 0.75
 """Of the size of a picture, what its encoder sees of it: training at 768 is for drawing at 1024."""
 
 KINDS = ("dreambooth", "finetuning", "controlnet")
+
+
+def tell_drawn_size(data: TrainingData) -> None:
+    """Log which size of pictures stage C learns to draw, for it is not the one that its encoder sees."""
+    from library.training.model_saves import largest_resolution
+
+    trained = largest_resolution(data)
+    drawn = tuple(round(side / _SHARE) for side in trained)
+    what = "training at %dx%d is for drawing at %dx%d: stage C is trained on pictures at 3/4 of their size"
+    logger.info(what, *trained, *drawn)
 
 
 def train_stage(opts: StageTuneOptions, spec: FamilySpec, family_class: type[CascadeFamily]) -> None:
@@ -37,14 +48,10 @@ def train_stage(opts: StageTuneOptions, spec: FamilySpec, family_class: type[Cas
     from library.training.caching import fill_caches
     from library.training.loop import fit
     from library.training.methods.full import FullTune
-    from library.training.model_saves import largest_resolution
     from library.training.run import Run
 
     if spec.name == "stable_cascade":
-        width, height = (round(side / _SHARE) for side in largest_resolution(data))
-        logger.info(
-            "stage C is trained on pictures at 3/4 of their size: this resolution is for drawing %dx%d", width, height
-        )
+        tell_drawn_size(data)
     with Run(opts, data) as run:
         weights = run.weight_plan(opts.tune.trained_parts)
         family = family_class.load(opts.model, opts.text, opts.memory, spec=spec, weights=weights, seed=run.seed)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.errors import Problem
+from library.option_groups import COMMAND_LINE
 from library.option_values import nearest
 from library.training.deepspeed_checks import deepspeed_problems, deepspeed_warnings
+from library.training.options_output import NEWEST, OVERRIDES
 from library.training.sampling import sampling_problems
 
 if TYPE_CHECKING:
@@ -113,6 +115,9 @@ def _missing(options: TrainingOptions) -> Iterator[Problem]:
             yield Problem("--output_dir", "is required", "Give the folder for models and sample images.")
     if not (data.dataset_config or data.train_data_dir or data.in_json or data.webdataset_path or data.dataset_class):
         yield Problem("--train_data_dir", "no training data named", "Give --train_data_dir or --dataset_config.")
+    if data.allow_pipe_urls and options.given.get("allow_pipe_urls") != COMMAND_LINE:
+        what = "would run commands, which no file may ask for"
+        yield Problem("--allow_pipe_urls", what, "Type it on the command line, if you trust the data's configuration.")
     # Metadata that were prepared name their buckets, which shows when they are read.
     if not (data.dataset_config or data.in_json or data.resolution):
         yield Problem("--resolution", "is required", "Give a size, such as --resolution 512.")
@@ -130,7 +135,7 @@ def _paths(options: TrainingOptions) -> Iterator[Problem]:
     thumbnail = options.metadata.metadata_thumbnail
     if thumbnail and not thumbnail.startswith("data:"):
         yield from must_exist("--metadata_thumbnail", thumbnail)
-    if state.resume and state.resume != "latest" and not state.resume_from_huggingface:
+    if state.resume and state.resume not in NEWEST and not state.resume_from_huggingface:
         yield from must_exist("--resume", state.resume, folder=True)
     yield from _model_paths(options)
 
@@ -242,8 +247,6 @@ def _augmentation(options: TrainingOptions) -> Iterator[Problem]:
 
 
 def _override_names(options: TrainingOptions) -> Iterator[Problem]:
-    from library.training.options_output import OVERRIDES
-
     declared = type(options).options()
     known = {*OVERRIDES, *declared, *(option.title for option in declared.values())}
     for name in options.state.resume_override:

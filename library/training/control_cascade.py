@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from library.checkpoints.parts import SaveSettings
 from library.checkpoints.save_cascade import needed_metadata, save_part
 from library.checkpoints.single_file import shapes_of
 from library.checkpoints.tensor_files import open_tensors
-from library.errors import Problem, UserError, raise_problems
+from library.errors import Problem, UserError, named_by, raise_problems
 from library.inference.cascade import CascadeRenderer
 from library.inference.cascade_control import ControlPictures, ControlSource
 from library.models.cascade.control_choice import make_filter
@@ -40,7 +41,12 @@ if TYPE_CHECKING:
     from library.training.run import Run
     from library.training.sampling import Renderer
 
+logger = logging.getLogger(__name__)
+
 _BACKBONE = "backbone."
+_KEPT_SUFFIX = "_sc_control"
+"""Ends the names of files with what filters find in pictures."""
+_START = "--controlnet_checkpoint_path"
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class ControlPlan:
 
     Attributes:
         maker: the filter that makes what it looks at.
+        keeps: what the filter finds in pictures is kept in files.
         config: its sizes.
         start: tensors that it begins with; None: fresh ones.
         backbone: tensors of the EfficientNet that a fresh one begins with.
@@ -56,6 +63,7 @@ class ControlPlan:
     """
 
     maker: ControlFilter
+    keeps: bool
     config: ControlNetConfig
     start: Mapping[str, Tensor] | None
     backbone: Mapping[str, Tensor] | None
@@ -78,10 +86,14 @@ class ControlPlan:
         if chosen.controlnet_blocks:
             check_control_blocks(chosen.controlnet_blocks, count)
         described = control_filter_metadata(name, chosen.controlnet_filter_params)
+        keeps = chosen.cache_conditions_to_disk and bool(maker.kept)
+        if chosen.cache_conditions_to_disk and not keeps:
+            logger.warning("--cache_conditions_to_disk has no effect: %s finds nothing that could be kept", name)
         if chosen.controlnet_checkpoint_path:
-            loaded = load_control_net(chosen.controlnet_checkpoint_path, count, chosen.controlnet_blocks or None)
+            with named_by(_START):
+                loaded = load_control_net(chosen.controlnet_checkpoint_path, count, chosen.controlnet_blocks or None)
             raise_problems(list(_misfits(loaded.config, maker, width, opts)))
-            return cls(maker, loaded.config, loaded.tensors, None, described)
+            return cls(maker, keeps, loaded.config, loaded.tensors, None, described)
         blocks = chosen.controlnet_blocks or default_control_blocks(count)
         channels = maker.num_channels
         mode = chosen.controlnet_bottleneck_mode or "effnet"
@@ -91,13 +103,20 @@ class ControlPlan:
             backbone = read_backbone(path)
             features = replace(features_config(shapes_of(backbone), path), c_in=channels)
             config = replace(config, effnet=features, features=features.width)
-            return cls(maker, config, None, backbone, described)
-        return cls(maker, replace(config, features=channels) if mode == "simple" else config, None, None, described)
+            return cls(maker, keeps, config, None, backbone, described)
+        config = replace(config, features=channels) if mode == "simple" else config
+        return cls(maker, keeps, config, None, None, described)
 
     def serve(self, data: TrainingData) -> None:
-        """Let loader processes prepare what the ControlNet looks at."""
+        """Let loader processes prepare what the ControlNet looks at.
+
+        Raises:
+            UserError: what is found in pictures shall be kept, and the pictures vary.
+        """
         for part in (data, data.validation):
-            if part is not None:
+            if part is not None and self.keeps:
+                part.keep_conditions(self.maker, _KEPT_SUFFIX)  # type: ignore[arg-type]
+            elif part is not None:
                 part.use_conditions(self.maker)
 
     def build(self, run: Run, family: StageC) -> StageCControl:

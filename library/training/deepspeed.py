@@ -56,6 +56,7 @@ class EngineStepper:
         self.watch = NonFiniteWatch(options.max_nan_steps)
         self.newly_skipped: list[int] = []
         self.shards = self
+        self.layout = None
         self._accelerator = accelerator
         self._save_half = distributed.zero3_save_16bit_model
         self._step = first_step

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.training.pieces import own_piece, piece_of, put_together
 
 if TYPE_CHECKING:
     from library.training.options_ema import EmaOptions
@@ -45,7 +46,9 @@ class WeightAverage:
             raise ValueError(f"impossible average: decay {decay}, start {start}, every {every}")
         self.decay, self.start, self.every = decay, start, every
         self.updates = 0
-        self._followed = dict(_tensors(modules))
+        self._wholes = dict(_tensors(modules))
+        # What is cut up between processes is averaged piece by piece.
+        self._followed = {name: own_piece(tensor) for name, tensor in self._wholes.items()}
         self._averages = {name: _copy(tensor, device) for name, tensor in self._followed.items()}
         floating = [name for name, tensor in self._averages.items() if tensor.is_floating_point()]
         self._chunks = _chunks(floating, self._averages)
@@ -84,20 +87,37 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Put the average in place of the weights inside the block; afterwards they have the same bits as before."""
+        """Put the average in place of the weights inside the block; afterwards both have the same bits as before.
+
+        Where they are of one type, weights and average change places, which takes no memory. Weights of other types
+        wait beside the average.
+        """
+        aside: dict[str, Tensor] = {}
         with torch.no_grad():
-            stored = {name: tensor.detach().clone() for name, tensor in self._followed.items()}
             try:
                 for name, tensor in self._followed.items():
-                    tensor.copy_(self._averages[name])
+                    aside[name] = self._exchange(name, tensor)
                 yield
             finally:
-                for name, tensor in self._followed.items():
-                    tensor.copy_(stored[name])
+                for name, before in aside.items():
+                    if before is self._averages[name]:
+                        self._exchange(name, self._followed[name])
+                    else:
+                        self._followed[name].copy_(before)
+
+    def _exchange(self, name: str, tensor: Tensor) -> Tensor:
+        """Put the average `name` into `tensor`; return where the values of `tensor` are now."""
+        average = self._averages[name]
+        before = tensor.detach().to(average.device, copy=True)
+        tensor.copy_(average)
+        return average.copy_(before) if average.dtype == tensor.dtype else before
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """Return the averages by name of part and parameter."""
-        return self._averages
+        """Return the averages by name of part and parameter.
+
+        Where weights are cut up between processes this is a collective call, and the first one alone gets them.
+        """
+        return {name: put_together(average, self._wholes[name]) for name, average in self._averages.items()}
 
     def numbers(self) -> Mapping[str, float | int]:
         """Return what else must be saved to continue."""
@@ -120,14 +140,14 @@ class WeightAverage:
             )
         with torch.no_grad():
             for name, tensor in tensors.items():
-                self._averages[name].copy_(tensor)
+                self._averages[name].copy_(piece_of(tensor, self._wholes[name]))
         updates = numbers.get("updates", 0)
         if not isinstance(updates, int) or updates < 0:
             raise UserError("the averaged weights (EMA) have lost their count of updates", "Start without --resume.")
         self.updates = updates
 
     def _fits(self, name: str, tensor: Tensor) -> bool:
-        return tensor.shape == self._averages[name].shape
+        return tensor.shape == self._wholes[name].shape
 
 
 def average_of(options: EmaOptions, modules: Mapping[str, nn.Module]) -> WeightAverage | None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from library.training.options import LogOptions
+    from library.training.scalars import Histogram
 
 _log = logging.getLogger(__name__)
 _SECRET = re.compile(r"token|api_?key|password|secret", re.IGNORECASE)
@@ -34,6 +35,9 @@ class EventWriter(Protocol):
 
     def picture(self, tag: str, image: Image, step: int, caption: str) -> None:
         """Store a sample picture."""
+
+    def histogram(self, name: str, histogram: Histogram, step: int) -> None:
+        """Store a distribution at `step`."""
 
     def close(self) -> None:
         """Bring everything to disk or to the server."""
@@ -130,6 +134,23 @@ class TensorBoard:
 
         self._writer.add_image(tag, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
+    def histogram(self, name: str, histogram: Histogram, step: int) -> None:
+        """Store a distribution at `step`."""
+        edges, counts = histogram.edges, histogram.counts
+        middles = [(low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)]
+        weighted = [(middle, count) for middle, count in zip(middles, counts, strict=True)]
+        self._writer.add_histogram_raw(
+            name,
+            min=edges[0],
+            max=edges[-1],
+            num=sum(counts),
+            sum=sum(middle * count for middle, count in weighted),
+            sum_squares=sum(middle**2 * count for middle, count in weighted),
+            bucket_limits=list(edges[1:]),
+            bucket_counts=list(counts),
+            global_step=step,
+        )
+
     def close(self) -> None:
         """Flush and close the file."""
         self._writer.close()
@@ -172,6 +193,13 @@ class Wandb:
         import wandb
 
         self._run.log({tag: wandb.Image(image, caption=caption)}, step=step)
+
+    def histogram(self, name: str, histogram: Histogram, step: int) -> None:
+        """Store a distribution in the row of `step`."""
+        import wandb
+
+        found = wandb.Histogram(np_histogram=(list(histogram.counts), list(histogram.edges)))
+        self._run.log({name: found}, step=step)
 
     def close(self) -> None:
         """Finish the run."""

@@ -18,7 +18,7 @@ from library.errors import StopTraining
 from library.files import fault_point
 from library.randomness import derive
 from library.training.observers import observe
-from library.training.setup import Training, make_sampler, make_saver, set_up
+from library.training.setup import EMA_SUFFIX, Training, make_sampler, make_saver, set_up
 from library.training.tracking import learning_rates, peak_memory_mb
 from library.training.validation import Validator
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from library.training.run import Run
 
 logger = logging.getLogger(__name__)
+
+_HISTOGRAMS_EVERY = 100
 
 
 def fit(run: Run, family: ModelFamily, method: Method, data: TrainingData, opts: TrainingOptions) -> None:
@@ -150,6 +152,7 @@ class Loop:
             "grad_norm": grad_norm,
             **learning_rates(training.rate_names, training.built.optimizer),
             **training.method.scalars(),
+            **training.objective.scalars(),
             "data_wait_seconds": training.loader.wait_seconds - self.waited,
             "peak_memory_mb": peak_memory_mb(self.run.device),
         }
@@ -161,6 +164,9 @@ class Loop:
         """Stop, sample, save: in this order, after every update."""
         position, epoch_ended = self.position, self.position.update_in_epoch == 0
         log.summary.step = position.step
+        ended = position.step == self.training.length.total_steps
+        if self.run.is_main and (ended or position.step % _HISTOGRAMS_EVERY == 0):
+            self.training.tracker.write_histograms(self.training.objective.histograms(), position.step)
         if epoch_ended:
             fault_point("epoch.end")
         signum, save_now = self._wishes()
@@ -172,9 +178,8 @@ class Loop:
             self._sample()
         self.saver.after_update(position, epoch_ended=epoch_ended)
         self._note_state()
-        ended = epoch_ended or position.step == self.training.length.total_steps
         epoch = position.epoch + (not epoch_ended)
-        judged = self.validator.due(position.step, epoch, epoch_ended=ended)
+        judged = self.validator.due(position.step, epoch, epoch_ended=epoch_ended or ended)
         if judged:
             self._validate(judged, epoch)
 
@@ -207,8 +212,12 @@ class Loop:
 
     def _sample(self) -> None:
         fault_point("sample.mid")
+        average, step, epoch = self.training.average, self.position.step, self.position.epoch
         with self.training.stepper.observing(), observe(self.training.method, self.training.built):
-            pictures = self.sampler.run(self.position.step, self.position.epoch)
+            pictures = self.sampler.run(step, epoch)
+            if average is not None:
+                with average.applied():
+                    pictures += self.sampler.run(step, epoch, ending=EMA_SUFFIX)
         self.training.tracker.add_pictures(self.run.ranks.gather(pictures))
         self.training.tracker.pause()
 
@@ -246,6 +255,8 @@ class Loop:
         self._note_state()
         if self.training.loader.replaced:
             log.summary.skip("images replaced during training", self.training.loader.replaced)
+        for reason, count in sorted(self.training.loader.left_out.items()):
+            log.summary.skip(f"streamed samples left out: {reason}", count)
         if self.sampler.failures:
             log.summary.skip("sample pictures that failed", self.sampler.failures)
         if self.saver.failures:

@@ -51,7 +51,7 @@ class Curve:
 
     def rising(self, step: int) -> float:
         """Return the share of the warm-up that has passed."""
-        return step / max(1, self.warmup)
+        return min(1.0, (step + self.options.warmup_begins_at) / max(1, self.warmup))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from library.training.noise_schedule import TRAIN_TIMESTEPS, huber_thresholds, l
 if TYPE_CHECKING:
     from library.draws import Draws
     from library.training.options import LossOptions, NoiseOptions
+    from library.training.scalars import Histogram
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -33,6 +34,12 @@ class Objective(Protocol):
 
     def after_update(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Adapt to what was observed, the same on all ranks; `reduce` sums a tensor over them."""
+
+    def scalars(self) -> Mapping[str, Tensor]:
+        """Return numbers of the last update that are drawn beside the loss; they stay on the device."""
+
+    def histograms(self) -> Mapping[str, Histogram]:
+        """Return distributions worth a look now and then; waits for the device."""
 
     def validation_timesteps(self, count: int) -> tuple[int, ...]:
         """Return `count` timesteps spread evenly over those that are trained."""
@@ -100,6 +107,14 @@ class DDPMObjective:
 
     def after_update(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Nothing to adapt."""
+
+    def scalars(self) -> Mapping[str, Tensor]:
+        """Return nothing: there are no numbers but those of every objective."""
+        return {}
+
+    def histograms(self) -> Mapping[str, Histogram]:
+        """Return nothing: nothing is followed."""
+        return {}
 
     def validation_timesteps(self, count: int) -> tuple[int, ...]:
         """Return the `count` inner points that divide the trained range evenly: 200, 400, 600, 800 for 4 of 0..1000."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from library.draws import Draws
     from library.training.options import LossOptions, NoiseOptions
     from library.training.options_cascade import CascadeLossOptions
+    from library.training.scalars import Histogram
 
 _EARLIEST = 0.001
 _STEPS = 1000
@@ -84,6 +85,9 @@ class GDFObjective:
         self._weighting = weighting_of(loss, cascade)
         adaptive = cascade.adaptive_loss_weight or cascade.loss_weighting == "adaptive"
         self.adaptive = AdaptiveWeight(device) if adaptive else None
+        # Sum and number of the losses of an update, unweighted.
+        self._seen = torch.zeros(2, device=device)
+        self._raw_loss: Tensor | None = None
 
     def noise(self, latents: Tensor, draws: Draws, timesteps: Tensor | int | None = None) -> CascadeNoised:
         """Noise scaled latents [B,C,h,w].
@@ -109,14 +113,27 @@ class GDFObjective:
         return CascadeNoised(noisy, noise_condition(level), target, weight, self._huber(t, level), buckets)
 
     def observe(self, noised: Noised, per_sample: Tensor) -> None:
-        """Take note of the losses [B] of a micro-batch, for adaptive weights."""
+        """Take note of the losses [B] of a micro-batch, for the log and for adaptive weights."""
+        self._seen[0] += per_sample.detach().float().sum()
+        self._seen[1] += len(per_sample)
         if self.adaptive is not None and isinstance(noised, CascadeNoised) and noised.buckets is not None:
             self.adaptive.observe(noised.buckets, per_sample)
 
     def after_update(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Adapt the weights to what was observed; `reduce` sums a tensor over all ranks."""
+        total, count = reduce(self._seen)
+        self._raw_loss = total / count.clamp(min=1)
+        self._seen = torch.zeros_like(self._seen)
         if self.adaptive is not None:
             self.adaptive.after_update(reduce)
+
+    def scalars(self) -> Mapping[str, Tensor]:
+        """Return the loss of the last update before weighting."""
+        return {} if self._raw_loss is None else {"raw_loss": self._raw_loss}
+
+    def histograms(self) -> Mapping[str, Histogram]:
+        """Return the losses that adaptive weights follow, over log SNR."""
+        return {} if self.adaptive is None else {"adaptive_loss": self.adaptive.histogram()}
 
     def validation_timesteps(self, count: int) -> tuple[int, ...]:
         """Return the `count` inner points, in thousandths, that divide the trained range evenly."""

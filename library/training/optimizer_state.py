@@ -12,8 +12,8 @@ from library.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from library.training.flat_parameters import FlatParameters
     from library.training.state_files import StateInfo
+    from library.training.state_parts import Layout
 
 _log = logging.getLogger(__name__)
 # States that have the shape of their parameter in every optimizer that has them.
@@ -29,31 +29,33 @@ def load_optimizer_state(
     *,
     where: str,
     keep: Collection[str] = (),
-    flat: FlatParameters | None = None,
+    layout: Layout | None = None,
+    exact_types: bool = True,
 ) -> None:
     """Load `state` (of `state_dict()`, perhaps mapped from a file) into `optimizer`, bit for bit.
 
-    torch casts states to the type of their parameters; what was saved in another type is put back as it was. Nothing
-    remains mapped from the file.
+    torch casts states to the type of their parameters; with `exact_types` what was saved in another type is put back as
+    it was. Nothing remains mapped from the file.
 
     Args:
         optimizer: built for the same parameters in the same order.
         state: what `pickles.load_pickle` returned.
         where: the file, for messages.
         keep: group entries that keep their present value (`weight_decay`).
-        flat: the rows that stand for the parameters in the optimizer; states know the parameters.
+        layout: the rows or pieces that stand for the parameters in the optimizer; states know the parameters.
+        exact_types: the optimizer may keep values in other types than those of their parameters.
 
     Raises:
         UserError: it is the state of another optimizer or another model.
     """
     kept = [{name: group[name] for name in keep if name in group} for group in optimizer.param_groups]
-    if flat is None:
+    if layout is None:
         shapes = [[tuple(parameter.shape) for parameter in group["params"]] for group in optimizer.param_groups]
     else:
-        shapes = flat.shapes
+        shapes = layout.shapes
     _check_groups([len(of_group) for of_group in shapes], state, where)
     _check_shapes(state["state"], [shape for of_group in shapes for shape in of_group], where)
-    state = state if flat is None else flat.gather(state)
+    state = state if layout is None else layout.gather(state)
     groups = [
         {**saved, **{name: group[name] for name in _IMPLEMENTATION if name in group}}
         for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
@@ -66,7 +68,7 @@ def load_optimizer_state(
     order = [index for group in state["param_groups"] for index in group["params"]]
     for index, parameter in zip(order, parameters, strict=True):
         if parameter in optimizer.state:
-            saved = state["state"].get(index, {})
+            saved = state["state"].get(index, {}) if exact_types else None
             own = optimizer.state[parameter]
             for name, value in own.items():
                 own[name] = _own_copy(value, saved.get(name) if isinstance(saved, Mapping) else None)

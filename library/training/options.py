@@ -13,6 +13,7 @@ from library.errors import Problem
 from library.models.options import MemoryOptions, ModelOptions, TextOptions
 from library.option_groups import OptionGroup, OptionSet, opt
 from library.option_parser import ConfigOptions
+from library.training.fsdp_checks import launcher_problems
 from library.training.options_ema import EmaOptions
 from library.training.options_objective import LossOptions, NoiseOptions
 from library.training.options_output import (
@@ -209,6 +210,11 @@ class ScheduleOptions(OptionGroup, title="schedule"):
         help="Lowest learning rate as a share of the highest.",
     )
 
+    @property
+    def warmup_begins_at(self) -> int:
+        """Where in the warm-up the first update stands: at 0 it changes nothing, as in diffusers; at 1 it counts."""
+        return 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedOptions(OptionGroup, title="distributed", resume="free"):
@@ -255,8 +261,12 @@ class DistributedOptions(OptionGroup, title="distributed", resume="free"):
         help="Keep master weights and gradients in float16 (ZeRO stage 2 with the optimizer on the CPU).",
     )
 
+    offers_fsdp: ClassVar[bool] = False
+    """Whether FSDP can be asked for."""
+
     def check(self) -> Iterator[Problem]:
         """Refuse DeepSpeed without its package, and settings that contradict each other."""
+        yield from launcher_problems(self)
         if not self.deepspeed:
             return
         from importlib.util import find_spec
@@ -316,6 +326,11 @@ class TrainingOptions(OptionSet):
     def ema_options(self) -> EmaOptions:
         """Return the average of the weights that is kept: none, in scripts without options for it."""
         return EmaOptions()
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether FSDP cuts up between the processes what trains."""
+        return False
 
     def objective(self, spec: FamilySpec, device: torch.device) -> Objective:
         """Return what is added to latents and what is to be predicted."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from library import cascade_config
 from library.cascade_yaml import batch_per_process
+from library.data.spec_sizes import step_as_given
 from library.errors import Problem
 from library.models.cascade.options import (
     CascadeModelOptions,
@@ -17,7 +18,9 @@ from library.models.cascade.options import (
     StageBModelOptions,
     StageCModelOptions,
 )
+from library.models.cascade.specs import STAGE_C
 from library.option_groups import OptionGroup, opt
+from library.training.fsdp_checks import fsdp_problems, fsdp_warnings
 from library.training.options import TrainingOptions
 from library.training.options_cascade_run import (
     CascadeDatasetOptions,
@@ -26,6 +29,8 @@ from library.training.options_cascade_run import (
     CascadePrecisionOptions,
     CascadeSampleOptions,
     CascadeSaveOptions,
+    CascadeScheduleOptions,
+    StageCDatasetOptions,
 )
 from library.training.options_ema import EmaOptions
 from library.training.options_full import FullTrainingOptions, FullTuneOptions
@@ -85,6 +90,12 @@ _OTHER_MODELS = (
 )
 """Options about models of other families."""
 
+FROZEN_DROPOUT = {
+    "default": 0.0,
+    "help": "Share of features and attention of stage C that training leaves out at random.",
+}
+"""What becomes of `--stage_c_dropout` where something beside a frozen stage C trains."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CascadeTrainingOptions(
@@ -103,6 +114,7 @@ class CascadeTrainingOptions(
     text: CascadeTextOptions = field(default_factory=CascadeTextOptions)
     data: CascadeDatasetOptions = field(default_factory=CascadeDatasetOptions)
     precision: CascadePrecisionOptions = field(default_factory=CascadePrecisionOptions)
+    schedule: CascadeScheduleOptions = field(default_factory=CascadeScheduleOptions)
     save: CascadeSaveOptions = field(default_factory=CascadeSaveOptions)
     sample: CascadeSampleOptions = field(default_factory=CascadeSampleOptions)
     log: CascadeLogOptions = field(default_factory=CascadeLogOptions)
@@ -144,8 +156,6 @@ class CascadeTrainingOptions(
     def check_together(self) -> Iterator[Problem]:
         """Yield what is wrong between groups."""
         yield from super().check_together()
-        if self.precision.full_fp16:
-            yield Problem("--full_fp16", "the weights of Stable Cascade overflow in float16", "Use --full_bf16.")
         if self.ema.ema_decay is not None:
             yield from self._check_average()
 
@@ -156,27 +166,37 @@ class CascadeTrainingOptions(
             what = f"cannot be combined with {self.optimizer.optimizer_type}, which averages the weights itself"
             yield Problem("--ema_decay", what)
 
-    def warn_together(self) -> Iterator[Problem]:
-        """Yield what is suspicious between groups."""
-        yield from super().warn_together()
-        if self.precision.mixed_precision == "fp16":
-            yield Problem("--mixed_precision", "fp16 makes stage C overflow", "Use bf16.")
-
 
 @dataclass(frozen=True, kw_only=True)
 class StageCOptions(CascadeTrainingOptions):
     """What the scripts that train stage C, or something for it, share."""
 
     model: StageCModelOptions = field(default_factory=StageCModelOptions)
+    data: StageCDatasetOptions = field(default_factory=StageCDatasetOptions)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        step = step_as_given(STAGE_C.bucket_step_multiple, self.data.encoded_share)
+        if "bucket_reso_steps" not in self.given and self.data.bucket_reso_steps % step:
+            steps = -(-self.data.bucket_reso_steps // step) * step
+            object.__setattr__(self, "data", replace(self.data, bucket_reso_steps=steps))
 
     def check_together(self) -> Iterator[Problem]:
         """Yield what is wrong between groups."""
         yield from super().check_together()
+        if self.precision.full_fp16:
+            yield Problem("--full_fp16", "the weights of stage C overflow in float16", "Use --full_bf16.")
         if self.sample.sample_prompts and not self.model.previewer_checkpoint_path:
             yield Problem("--sample_prompts", "needs --previewer_checkpoint_path, which makes pictures of latents")
         if self.model.clip_image_cond_rate and self.cache.cache_latents:
             what = "cannot be combined with --cache_latents: the image encoder looks at the pictures themselves"
             yield Problem("--clip_image_cond_rate", what, "Drop one of them.")
+
+    def warn_together(self) -> Iterator[Problem]:
+        """Yield what is suspicious between groups."""
+        yield from super().warn_together()
+        if self.precision.mixed_precision == "fp16":
+            yield Problem("--mixed_precision", "fp16 makes stage C overflow", "Use bf16.")
 
     def renderer(self, family: ModelFamily, autocast: Callable[[], AbstractContextManager[None]]) -> Renderer:
         """Return what draws sample pictures by stage C and the previewer."""
@@ -231,9 +251,16 @@ class StageTuneOptions(CascadeTrainingOptions, FullTrainingOptions, leave_out=("
         if self.optimizer.learning_rate == 0 and tune.train_text_encoder and not tune.train_text_encoder_only:
             object.__setattr__(self, "tune", replace(tune, train_text_encoder_only=True))
 
+    @property
+    def shares_weights(self) -> bool:
+        """Whether FSDP cuts up between the processes what trains."""
+        return bool(self.distributed.sharing)
+
     def check_together(self) -> Iterator[Problem]:
         """Yield what is wrong between groups."""
         yield from super().check_together()
+        if self.distributed.sharing:
+            yield from fsdp_problems(self, self.distributed.sharing)
         tune = self.tune
         if self.cache.cache_text_encoder_outputs and tune.train_text_encoder:
             what = "cannot be combined with --train_text_encoder: its outputs change"
@@ -241,6 +268,12 @@ class StageTuneOptions(CascadeTrainingOptions, FullTrainingOptions, leave_out=("
         if self.optimizer.learning_rate == 0 and not (tune.train_text_encoder and tune.learning_rate_te1):
             hint = "To train the text encoder alone, give --train_text_encoder and --learning_rate_te1."
             yield Problem("--learning_rate", "0 trains nothing", hint)
+
+    def warn_together(self) -> Iterator[Problem]:
+        """Yield what is suspicious between groups."""
+        yield from super().warn_together()
+        if self.distributed.sharing:
+            yield from fsdp_warnings(self, self.distributed.sharing)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from library.config_file import ConfigValue, ForeignConfig
 from library.errors import Problem
-from library.training.options_cascade import StageCOptions
+from library.training.options_cascade import FROZEN_DROPOUT, StageCOptions
 from library.training.options_network import FROZEN_FLOAT8, NetworkTrainingOptions
 from library.training.options_tokens import TokenOptions
 
@@ -23,10 +23,7 @@ class StageCNetworkOptions(
             "choices": ("ckpt", "pt", "safetensors"),
             "help": "Format of saved networks.",
         },
-        "stage_c_dropout": {
-            "default": 0.0,
-            "help": "Share of features and attention of stage C that training leaves out at random.",
-        },
+        "stage_c_dropout": FROZEN_DROPOUT,
         "fp8_base": FROZEN_FLOAT8,
     },
 ):
@@ -66,6 +63,9 @@ class StageCNetworkOptions(
         yield from super().check_together()
         if not self.data.debug_dataset and not self.model.stage_path:
             yield Problem("--stage_c_checkpoint_path", "is required: a network belongs to a trained model")
+        if self.distributed.sharing:
+            what = "shares a stage that trains as a whole, and each process needs the one that a network is attached to"
+            yield Problem(self.distributed.sharing, what, "Leave it (use_fsdp) out.")
         if self.tokens.train_tokens and self.cache.cache_text_encoder_outputs:
             what = "cannot be combined with --train_tokens: the outputs change"
             yield Problem("--cache_text_encoder_outputs", what, "Drop one of them.")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
 
 from library.data.options import DatasetOptions
 from library.errors import Problem
 from library.option_groups import opt
-from library.training.options import DistributedOptions, PrecisionOptions
+from library.training.fsdp_checks import asked_by, processes
+from library.training.options import DistributedOptions, PrecisionOptions, ScheduleOptions
 from library.training.options_output import LogOptions, SampleOptions, SaveOptions
+
+_FINEST = 64
+"""Largest denominator of the fraction that `--effnet_scale` stands for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +30,34 @@ class CascadeDatasetOptions(DatasetOptions, title="data"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageCDatasetOptions(CascadeDatasetOptions, title="data"):
+    """Where images of stage C come from, and how they are put into batches."""
+
+    effnet_scale: float = opt(
+        1.0,
+        at_least=0.25,
+        at_most=1,
+        metadata_key="ss_effnet_scale",
+        help="Sides of pictures as the EfficientNet encoder sees them, over the sizes in options and data set files. "
+        "0.75: these are sizes to draw at, such as --resolution=1024, and sides of buckets are multiples of 128.",
+    )
+
+    @property
+    def encoded_share(self) -> Fraction:
+        """Sides of pictures as they are trained, over sides as options and data set files give them."""
+        return Fraction(self.effnet_scale).limit_denominator(_FINEST)
+
+    def check(self) -> Iterator[Problem]:
+        """Refuse to scale what was not given."""
+        yield from super().check()
+        if self.effnet_scale != 1:
+            if self.dataset_class is not None:
+                yield Problem("--effnet_scale", "cannot be combined with --dataset_class, which chooses the sizes")
+            elif not (self.resolution or self.dataset_config):
+                yield Problem("--effnet_scale", "needs --resolution, which it scales", "Give the size to draw at.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CascadePrecisionOptions(PrecisionOptions, title="precision"):
     """Number formats of weights and arithmetic."""
 
@@ -36,6 +69,16 @@ class CascadePrecisionOptions(PrecisionOptions, title="precision"):
     def tf32(self) -> bool:
         """Whether products in float32 may be rounded to TensorFloat-32."""
         return not self.no_tf32
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeScheduleOptions(ScheduleOptions, title="schedule"):
+    """How the learning rate changes during the run."""
+
+    @property
+    def warmup_begins_at(self) -> int:
+        """The first update has a rate above 0, and the last one of the warm-up the whole rate."""
+        return 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,24 +124,31 @@ class CascadeLogOptions(LogOptions, title="log", resume="free"):
         """Owner of the project in wandb; None: the user."""
         return self.wandb_entity
 
+    def further_names(self, scalars: Mapping[str, float], step: int) -> Mapping[str, float]:
+        """Return what the original trainer calls `lr` (of the stage, or of what trains in its place), and the step."""
+        rates = [value for name, value in scalars.items() if name.startswith("lr/")]
+        return {"total_steps": step, **({"lr": rates[0]} if rates else {})}
+
 
 @dataclass(frozen=True, kw_only=True)
 class CascadeDistributedOptions(DistributedOptions, title="distributed", resume="free"):
     """Several processes, and how they share a model."""
 
     fsdp: bool = opt(
-        False, help="Share weights between GPUs. Means nothing in one process; in several, --deepspeed does it."
+        False,
+        help="Share weights, gradients and optimizer states between GPUs by PyTorch's FSDP2. In one process there is "
+        "nobody to share with.",
     )
 
-    def check(self) -> Iterator[Problem]:
-        """Refuse what several processes cannot do."""
-        yield from super().check()
-        if self.fsdp and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not self.deepspeed:
-            what = "weights are shared between processes by DeepSpeed here"
-            yield Problem("--fsdp", what, "Give --deepspeed --zero_stage=3, or leave --fsdp (use_fsdp) out.")
+    offers_fsdp: ClassVar[bool] = True
+
+    @property
+    def sharing(self) -> str:
+        """Who asks for shared weights, the option or accelerate's launcher; empty: nobody, or there is one process."""
+        return asked_by(self.fsdp) if processes() > 1 else ""
 
     def warn(self) -> Iterator[Problem]:
         """Say that one process has nobody to share with."""
         yield from super().warn()
-        if self.fsdp and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            yield Problem("--fsdp", "has no effect in one process")
+        if asked_by(self.fsdp) and processes() == 1:
+            yield Problem(asked_by(self.fsdp), "has no effect in one process")

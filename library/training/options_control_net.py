@@ -10,7 +10,7 @@ from library.errors import Problem
 from library.models.cascade.control_choice import FILTER, filter_params, filter_problems, is_folder_filter, is_own
 from library.option_groups import COMMAND_LINE, OptionGroup, opt
 from library.training.checks import must_exist
-from library.training.options_cascade import StageCOptions
+from library.training.options_cascade import FROZEN_DROPOUT, StageCOptions
 
 _FOLDER = "--conditioning_data_dir"
 
@@ -55,6 +55,12 @@ class ControlNetOptions(OptionGroup, title="ControlNet"):
         help="EfficientNet-V2-S that a new ControlNet with the effnet backbone starts from, such as one trained on "
         "ImageNet. Default: --effnet_checkpoint_path.",
     )
+    cache_conditions_to_disk: bool = opt(
+        False,
+        resume="free",
+        help="Keep what the filter finds in pictures (canny: edges, identity: faces) in a file beside each picture, "
+        "<picture>_sc_control.npz, or in --cache_dir.",
+    )
 
     @property
     def uses_folder(self) -> bool:
@@ -83,14 +89,22 @@ class ControlNetOptions(OptionGroup, title="ControlNet"):
 @dataclass(frozen=True, kw_only=True)
 class ControlNetTrainingOptions(
     StageCOptions,
-    changes={"save_model_as": {"choices": ("ckpt", "safetensors"), "help": "Format of saved ControlNets."}},
-    leave_out=("stage_c_dropout", "use_safetensors", "fused_backward_pass"),
+    changes={
+        "save_model_as": {"choices": ("ckpt", "safetensors"), "help": "Format of saved ControlNets."},
+        "stage_c_dropout": FROZEN_DROPOUT,
+    },
+    leave_out=("use_safetensors", "fused_backward_pass"),
 ):
     """Everything that the script that trains ControlNets for stage C accepts."""
 
     control_net: ControlNetOptions = field(default_factory=ControlNetOptions)
 
     tracker_name: ClassVar[str] = "stable_cascade_control_net"
+
+    @property
+    def drops_out(self) -> bool:
+        """Whether stage C's own dropout works while the ControlNet trains."""
+        return bool(self.model.stage_c_dropout)
 
     def check_together(self) -> Iterator[Problem]:
         """Yield what is wrong between groups."""
@@ -101,6 +115,8 @@ class ControlNetTrainingOptions(
             yield Problem(FILTER, f"{name!r} is code of your own, which files may not name", "Give it by typing it.")
         if not self.model.stage_path:
             yield Problem("--stage_c_checkpoint_path", "is required: a ControlNet steers a trained model")
+        if self.control_net.cache_conditions_to_disk and self.data.webdataset_streaming:
+            yield Problem("--cache_conditions_to_disk", "cannot be combined with --webdataset_streaming")
         if self.data.dataset_class is not None:
             yield Problem("--dataset_class", "its batches hold nothing that a ControlNet could look at")
         yield from self._check_folder()
@@ -115,5 +131,8 @@ class ControlNetTrainingOptions(
     def warn_together(self) -> Iterator[Problem]:
         """Yield what is suspicious between groups."""
         yield from super().warn_together()
+        if self.distributed.sharing:
+            what = "shares gradients only, as in the original trainer: each process has the whole model"
+            yield Problem(self.distributed.sharing, what)
         if self.data.conditioning_data_dir and not self.control_net.uses_folder and self.control_net.controlnet_filter:
             yield Problem(_FOLDER, f"has no effect without {FILTER} folder")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from library.errors import Problem
@@ -33,12 +33,15 @@ _STATES = {"save_state": (), "save_state_on_train_end": ()}
 _UPLOADS = {"huggingface_repo_id": (), "resume_from_huggingface": ()}
 
 OVERRIDES = {
-    "lr": ("learning_rate", "learning_rate_te", "unet_lr", "text_encoder_lr"),
+    "lr": ("learning_rate", "learning_rate_te", "learning_rate_te1", "unet_lr", "text_encoder_lr", "embedding_lr"),
     "scheduler": ("schedule",),
     "steps": ("max_train_steps", "max_train_epochs"),
     "data": ("data", "subset"),
 }
 """Names that `--resume_override` accepts besides groups and options, and what they stand for."""
+
+NEWEST = ("latest", "auto")
+"""Words for `--resume` that stand for the newest state of the run, if there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +122,8 @@ class StateOptions(OptionGroup, title="state", resume="free"):
     resume: str | None = opt(
         None,
         path=True,
-        help="State folder to go on from; `latest`: the newest complete one of this --output_name.",
+        help="State folder to go on from; `latest` or `auto`: the newest complete one of this --output_name, if there "
+        "is any.",
     )
     resume_from_huggingface: bool = opt(
         False,
@@ -209,6 +213,10 @@ class LogOptions(OptionGroup, title="log", resume="free"):
     def entity(self) -> str | None:
         """Owner of the project in wandb; None: the user, in scripts without an option."""
         return None
+
+    def further_names(self, scalars: Mapping[str, float], step: int) -> Mapping[str, float]:
+        """Return what users of other trainers look for under other names, among the scalars of an update."""
+        return {}
 
     def check(self) -> Iterator[Problem]:
         """Refuse trackers that cannot run here."""

@@ -12,6 +12,7 @@ import torch
 
 from library.models.family import WeightPlan
 from library.signals import StopFlag
+from library.training.fsdp_checks import FSDP_VARIABLE
 from library.training.ranks import Ranks
 from library.training.step import Autocast
 
@@ -148,10 +149,16 @@ def make_accelerator(distributed: DistributedOptions, *handlers: Any, plugin: An
         from library.training.deepspeed_plugin import engine_backend
 
         group.backend = engine_backend()
-    # The step enters autocast and the stepper scales losses; accelerate starts processes and places modules.
-    return Accelerator(
-        mixed_precision="no",
-        gradient_accumulation_steps=accumulation,
-        kwargs_handlers=[group, *handlers],
-        deepspeed_plugin=plugin,
-    )
+    # Scripts that offer FSDP do it themselves, where the launcher asks for it too.
+    asked = os.environ.pop(FSDP_VARIABLE, None)
+    try:
+        # The step enters autocast and the stepper scales losses; accelerate starts processes and places modules.
+        return Accelerator(
+            mixed_precision="no",
+            gradient_accumulation_steps=accumulation,
+            kwargs_handlers=[group, *handlers],
+            deepspeed_plugin=plugin,
+        )
+    finally:
+        if asked is not None:
+            os.environ[FSDP_VARIABLE] = asked

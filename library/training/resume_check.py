@@ -10,10 +10,11 @@ from typing import Any
 from library.contracts import Position, RunLength
 from library.errors import Problem, UserError
 from library.log import safe_text
+from library.training.options_output import OVERRIDES
 from library.training.state_files import Identity, StateInfo
 
-_RATES = frozenset({"learning_rate", "learning_rate_te", "unet_lr", "text_encoder_lr"})
-_TOTALS = frozenset({"max_train_steps", "max_train_epochs"})
+_RATES = frozenset(OVERRIDES["lr"])
+_TOTALS = frozenset(OVERRIDES["steps"])
 _SCHEDULE_TITLE = "schedule"
 _DATA = "data"
 _DATA_GROUPS = frozenset({_DATA, "subset"})
@@ -105,9 +106,17 @@ def compare(
         length: of this run.
         allows: `StateOptions.allows(title of the group, option)`.
         seed: `--seed` of this run; None takes the state's.
+
+    Raises:
+        UserError: the state is one of another script or another family of models.
     """
     if not info.exact:
         return Changes()
+    saved, now = info.identity.training, identity.training
+    if saved and now and saved != now:
+        what = f"the state is one of another training: {saved}, and this is {now}"
+        hint = "Give it to the script that saved it, or choose another --output_name or --output_dir"
+        raise UserError(what, hint, where="--resume")
     found = [*_options(info, identity, length, seed), *_data(info, identity)]
     refused = tuple(
         change for change in found if not allows(change.group, change.name) and not allows("", change.override)

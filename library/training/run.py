@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +26,10 @@ from library.training.stepper import Stepper
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from library.contracts import ParamGroup
     from library.data.dataset import TrainingData
     from library.training.deepspeed import EngineStepper
+    from library.training.fsdp import WeightShares
     from library.training.optimizers import BuiltOptimizer
     from library.training.options import DistributedOptions, PrecisionOptions, TrainingOptions
 
@@ -50,12 +53,13 @@ class Run(Processes):
         scaler = _make_scaler(self.device, opts.precision)
         self.scaler = scaler if self._plugin is None else None
         self.seed = opts.length.seed or 0
+        self._shares: WeightShares | None = None
         self._cleanup = ExitStack()
 
     def weight_plan(self, trained: tuple[str, ...], *, unused: tuple[str, ...] = ()) -> WeightPlan:
         """Return where weights go and in which types, when the parts named `trained` train and `unused` never run."""
         plan = super().weight_plan(trained, unused=unused)
-        waits = self._plugin is not None and self._plugin.zero3_init_flag
+        waits = self.opts.shares_weights or (self._plugin is not None and self._plugin.zero3_init_flag)
         return replace(plan, trained_device=torch.device("cpu")) if waits else plan
 
     def __enter__(self) -> Run:
@@ -93,6 +97,17 @@ class Run(Processes):
             torch.distributed.all_reduce(tensor)
         return tensor
 
+    def share_weights(self, parts: Mapping[str, nn.Module]) -> None:
+        """Cut up between the processes what trains, where the options ask for it; it then has other parameters."""
+        if self.opts.shares_weights:
+            from library.training.fsdp import WeightShares
+
+            self._shares = WeightShares(parts, self.device, self.mixed_dtype)
+
+    def own_groups(self, groups: list[ParamGroup]) -> list[ParamGroup]:
+        """Return what of these groups this process steps: all, or its share."""
+        return groups if self._shares is None else self._shares.own_groups(groups)
+
     def stepper(self, built: BuiltOptimizer) -> Stepper | EngineStepper:
         """Return what steps the optimizer and shares the work between processes."""
         optimizer, first_step = self.opts.optimizer, self.begin.position.step
@@ -100,10 +115,15 @@ class Run(Processes):
             from library.training.deepspeed import EngineStepper
 
             return EngineStepper(self.accelerator, built, optimizer, self.opts.distributed, first_step=first_step)
+        accumulation = self.begin.length.accumulation
+        if self._shares is not None:
+            from library.training.fsdp import ShardedStepper
+
+            return ShardedStepper(built, optimizer, self._shares, accumulation=accumulation, first_step=first_step)
         return Stepper(
             built,
             optimizer,
-            accumulation=self.begin.length.accumulation,
+            accumulation=accumulation,
             scaler=self.scaler,
             first_step=first_step,
             seed=self.seed,

@@ -45,11 +45,13 @@ class SampledImage:
     image: Image
     step: int
     epoch: int
+    ending: str = ""
+    """Of which weights it is a picture, as in the names of files; empty: those that train."""
 
     @property
     def tag(self) -> str:
         """Name under which trackers show the picture, the same at every step."""
-        return f"sample_{self.index}"
+        return f"sample_{self.index}{self.ending}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +147,7 @@ class SampleImages:
             return epoch_ended and epoch % every_epochs == 0
         return every_steps is not None and step > 0 and step % every_steps == 0
 
-    def run(self, step: int, epoch: int) -> list[SampledImage]:
+    def run(self, step: int, epoch: int, *, ending: str = "") -> list[SampledImage]:
         """Make this rank's share of the pictures and return those that were written.
 
         The model must be in evaluation mode. Nothing is drawn from a global generator.
@@ -153,6 +155,7 @@ class SampleImages:
         Args:
             step: updates done; 0 before the first.
             epoch: epochs done; 0 before the first.
+            ending: of the names of files, where the model has other weights than those that train.
         """
         from library.inference.diffusion import RenderingStopped
 
@@ -162,7 +165,7 @@ class SampleImages:
         with self._renderer.session():
             for prompt in mine:
                 try:
-                    made.append(self._one(prompt, step, epoch))
+                    made.append(self._one(prompt, step, epoch, ending))
                 except RenderingStopped:
                     logger.info("asked to stop: the remaining sample pictures are left out")
                     break
@@ -176,7 +179,7 @@ class SampleImages:
         logger.debug("the sample failed here", exc_info=True)
         _free_memory()
 
-    def _one(self, prompt: PromptRequest, step: int, epoch: int) -> SampledImage:
+    def _one(self, prompt: PromptRequest, step: int, epoch: int, ending: str) -> SampledImage:
         from library.inference.diffusion import Watch
         from library.inference.png_info import png_bytes
 
@@ -187,9 +190,9 @@ class SampleImages:
         request = replace(prompt, seed=seed)
         image = self._renderer.render([request], watch=Watch(self._should_stop))[0]
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / self._file_name(prompt, step, epoch)
+        path = self._folder / f"{self._file_name(prompt, step, epoch)}{ending}.png"
         files.write_bytes(path, png_bytes(image, request))
-        sampled = SampledImage(prompt.index, request, path, image, step, epoch)
+        sampled = SampledImage(prompt.index, request, path, image, step, epoch, ending)
         if self._on_image is not None:
             self._on_image(sampled)
         return sampled
@@ -199,7 +202,7 @@ class SampleImages:
         number = f"e{epoch:06d}" if by_epoch else f"{step:06d}"
         now = time.strftime("%Y%m%d%H%M%S")
         seed = "" if prompt.seed is None else f"_{prompt.seed}"
-        return f"{self._prefix}{number}_{prompt.index:02d}_{now}{seed}.png"
+        return f"{self._prefix}{number}_{prompt.index:02d}_{now}{seed}"
 
 
 def _every(value: int | None) -> int | None:

@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     Scalar: TypeAlias = "Tensor | float"
 
 
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Numbers over ranges: `counts[i]`, not necessarily whole, from `edges[i]` to `edges[i + 1]`."""
+
+    edges: Sequence[float]
+    counts: Sequence[float]
+
+
 class LossAverage:
     """Average over one epoch's worth of updates.
 

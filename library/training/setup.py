@@ -103,17 +103,18 @@ def set_up(run: Run, family: ModelFamily, method: Method, data: TrainingData, op
     """Build optimizer, schedule, step and loader, and bring them to where the run begins."""
     begin = run.begin
     method.attach()
+    if begin.stored is not None:
+        load_weights(begin.stored, method.parts())
+    run.share_weights(method.parts())
     groups = method.param_groups()
     # Rows need gradients that stay where they are: DDP's own buckets and DeepSpeed's engine would replace them.
     moved = opts.distributed.deepspeed or opts.distributed.ddp_gradient_as_bucket_view
-    built = build_optimizer(opts.optimizer, groups, flat=method.flat_parameters and not moved)
+    built = build_optimizer(opts.optimizer, run.own_groups(groups), flat=method.flat_parameters and not moved)
     if built.flat is not None and run.world_size == 1 and not opts.memory.torch_compile:
         method.accumulate_in_place()
     lr_schedule = build_lr_schedule(opts.schedule, opts.optimizer, built, begin.length.total_steps)
     objective = opts.objective(family.spec, run.device)
-    if begin.stored is not None:
-        load_weights(begin.stored, method.parts())
-    else:
+    if begin.stored is None:
         advance_schedule(lr_schedule, begin.position.step)
     method.enter_step(begin.position.step)
     if opts.memory.torch_compile and opts.memory.dynamo_backend is not None:
@@ -129,7 +130,7 @@ def set_up(run: Run, family: ModelFamily, method: Method, data: TrainingData, op
         objective,
         ema=average,
         shards=stepper.shards,
-        flat=built.flat,
+        layout=stepper.layout or built.flat,
     )
     pin = run.device.type == "cuda"
     loader = batches_of(data, begin.length, rank=run.rank, seed=run.seed, loader=opts.loader, pin_memory=pin)
@@ -198,10 +199,10 @@ def make_saver(training: Training, data: TrainingData, position: Any) -> Saver:
     )
 
     def write_model(target: Path, *, epoch: int, step: int) -> Path | None:
+        if training.average is not None:
+            with training.average.applied(), training.stepper.whole_weights():
+                writer(target.with_name(target.name + EMA_SUFFIX), epoch=epoch, step=step)
         with training.stepper.whole_weights():
-            if training.average is not None:
-                with training.average.applied():
-                    writer(target.with_name(target.name + EMA_SUFFIX), epoch=epoch, step=step)
             return writer(target, epoch=epoch, step=step)
 
     def write_state(folder: Path) -> None:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import io
 import logging
 import random
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.pickles import load_pickle
-from library.checkpoints.tensor_files import NonFiniteWeights, all_finite, open_tensors, write_safetensors
+from library.checkpoints.tensor_files import NonFiniteWeights, all_finite, write_safetensors
 from library.errors import EXIT_CANNOT_SAVE, StopTraining, UserError
 from library.files import CannotSave, atomic_folder, fault_point, write_bytes, write_json
 from library.training.ranks import Ranks
@@ -38,17 +38,16 @@ from library.training.state_files import (
     find_state,
     model_names,
     next_sequence,
-    read_json,
     verify_state,
     write_pickle,
 )
+from library.training.state_parts import Gathered, StateParts
 from library.training.state_shards import load_shard, shard_files
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from library.training.flat_parameters import FlatParameters
     from library.training.resume_check import Changes
 
 __all__ = [
@@ -68,62 +67,6 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 _EARLIER = "Resume from an earlier state"
-
-
-class Averages(Protocol):
-    """An exponential moving average of weights, as a state needs it."""
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        """Return the averaged weights."""
-
-    def numbers(self) -> Mapping[str, float | int]:
-        """Return decay and update count."""
-
-    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Continue from what the other two returned."""
-
-
-class Stateful(Protocol):
-    """Anything with the two methods of torch."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what must be saved."""
-
-    def load_state_dict(self, state: Any) -> Any:
-        """Continue from it."""
-
-
-class Shards(Protocol):
-    """Optimizer and exact weights of which each process holds a part, under a name of its rank in a state."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return this rank's part: tensors and plain values only."""
-
-    def load_state_dict(self, state: Mapping[str, Any], *, keep: Collection[str] = ()) -> None:
-        """Continue from it; entries of the optimizer's groups named in `keep` keep their values."""
-
-
-@dataclass(frozen=True, slots=True)
-class StateParts:
-    """What a state is made of. `modules` (unwrapped) are in the reference's order: denoiser, then text encoder.
-
-    With `shards` they stand for the optimizer's values, and the modules have whole weights while a state is written.
-    """
-
-    modules: Mapping[str, nn.Module]
-    optimizer: torch.optim.Optimizer
-    lr_schedule: Stateful
-    scaler: Stateful | None = None
-    objective: Stateful | None = None
-    ema: Averages | None = None
-    shards: Shards | None = None
-    flat: FlatParameters | None = None
-    """Rows that stand for the parameters in the optimizer; states hold each parameter by itself."""
-
-    def optimizer_state(self) -> dict[str, Any]:
-        """Return the optimizer's state, parameter by parameter."""
-        state = self.optimizer.state_dict()
-        return state if self.flat is None else self.flat.spread(state)
 
 
 def state_bytes(modules: Mapping[str, nn.Module], per_parameter: float = 2.0) -> int:
@@ -154,11 +97,12 @@ def save_state(folder: str | Path, parts: StateParts, info: StateInfo, ranks: Ra
     generators = ranks.gather(_generators(info.position.step))
     failure: tuple[str, int] | None = None
     error: StopTraining | None = None
+    gathered = parts.gathered()
     with shard_files(Path(folder), parts.shards, ranks) as shards:
         if ranks.is_main:
             filled = replace(info, world=ranks.world, modules=tuple(parts.modules), sharded=bool(shards))
             try:
-                _write_folder(Path(folder), parts, filled, generators, shards)
+                _write_folder(Path(folder), parts, filled, generators, gathered, shards)
             except StopTraining as caught:
                 error, failure = caught, (caught.reason, caught.exit_code)
         failure = ranks.broadcast(failure)
@@ -194,8 +138,9 @@ def load_weights(stored: StoredState, modules: Mapping[str, nn.Module]) -> None:
         saved, now = len(stored.info.modules), len(modules)
         hint = "Train the same parts as before (is --stop_text_encoder_training the same?)"
         raise UserError(f"holds {saved} trained models, this run trains {now}", hint, where=str(stored.folder))
+    content = stored.opened()
     for name, module in zip(model_names(len(modules)), modules.values(), strict=True):
-        _load_module(stored.folder / name, module)
+        _load_module(stored.folder / name, content.tensors(name), module)
 
 
 def load_progress(
@@ -213,7 +158,12 @@ def load_progress(
 
 
 def _write_folder(
-    folder: Path, parts: StateParts, info: StateInfo, generators: list[bytes], shards: Mapping[str, Path]
+    folder: Path,
+    parts: StateParts,
+    info: StateInfo,
+    generators: list[bytes],
+    gathered: Gathered,
+    shards: Mapping[str, Path],
 ) -> None:
     tensors = {f"{part}.{name}": value for part, names in _weights(parts).items() for name, value in names.items()}
     if bad := all_finite(tensors):
@@ -221,7 +171,7 @@ def _write_folder(
     with atomic_folder(folder, size=state_bytes(parts.modules)) as temporary:
         table = FileTable()
         try:
-            for path in _write_parts(temporary, parts, shards):
+            for path in _write_parts(temporary, parts, gathered, shards):
                 table.add(path)
                 fault_point("state.between_files")
             for rank, data in enumerate(generators):
@@ -258,12 +208,12 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _write_parts(folder: Path, parts: StateParts, shards: Mapping[str, Path]) -> Iterator[Path]:
+def _write_parts(folder: Path, parts: StateParts, gathered: Gathered, shards: Mapping[str, Path]) -> Iterator[Path]:
     """Write the tensors, yielding each file when it is complete; the largest first, so that it is hashed early."""
     for name, path in shards.items():
         yield path.replace(folder / name)
-    if parts.shards is None:
-        yield write_pickle(folder / OPTIMIZER, parts.optimizer_state())
+    if gathered.optimizer is not None:
+        yield write_pickle(folder / OPTIMIZER, gathered.optimizer)
     for name, weights in zip(model_names(len(parts.modules)), _weights(parts).values(), strict=True):
         write_safetensors(folder / name, weights, {"format": "pt"})
         yield folder / name
@@ -272,8 +222,8 @@ def _write_parts(folder: Path, parts: StateParts, shards: Mapping[str, Path]) ->
         yield write_pickle(folder / SCALER, parts.scaler.state_dict())
     if parts.objective is not None and (state := parts.objective.state_dict()):
         yield write_pickle(folder / OBJECTIVE, state)
-    if parts.ema is not None:
-        write_safetensors(folder / EMA_WEIGHTS, parts.ema.tensors(), {"format": "pt"})
+    if parts.ema is not None and gathered.averages is not None:
+        write_safetensors(folder / EMA_WEIGHTS, gathered.averages, {"format": "pt"})
         yield folder / EMA_WEIGHTS
         write_json(folder / EMA_NUMBERS, dict(parts.ema.numbers()))
         yield folder / EMA_NUMBERS
@@ -292,9 +242,8 @@ def _require_training_mode(optimizer: torch.optim.Optimizer) -> None:
         raise ValueError("a schedule-free optimizer must be in training mode while its state is saved")
 
 
-def _load_module(path: Path, module: nn.Module) -> None:
+def _load_module(path: Path, stored: dict[str, Tensor], module: nn.Module) -> None:
     """Copy the weights of a file into `module`: same names, same shapes, all finite."""
-    stored = dict(open_tensors(path))
     wanted = _own_tensors(module)
     # A buffer that older transformers stored; it follows from the configuration.
     stored = {name: tensor for name, tensor in stored.items() if not name.endswith("position_ids") or name in wanted}
@@ -320,28 +269,33 @@ def _load_optimizer(stored: StoredState, parts: StateParts, changes: Changes | N
     optimizer = parts.optimizer
     rates = [{key: group[key] for key in ("lr", "initial_lr") if key in group} for group in optimizer.param_groups]
     kept = changes.optimizer_arguments if changes else ()
-    path = stored.folder / OPTIMIZER
+    content, where = stored.opened(), str(stored.folder / OPTIMIZER)
     if parts.shards is None:
         if stored.info.sharded:
             raise UserError("was saved with --deepspeed, which this run does not use", where=str(stored.folder))
-        load_optimizer_state(optimizer, load_pickle(path), where=str(path), keep=kept, flat=parts.flat)
-    if changes is not None and changes.new_schedule:
+        if content.optimizer not in ("", type(optimizer).__name__):
+            what = f"is of {content.optimizer}, and this run trains with {type(optimizer).__name__}"
+            raise UserError(what, f"Give --optimizer_type={content.optimizer}.", where=str(stored.folder))
+        if content.has(OPTIMIZER):
+            state, exact = content.pickle(OPTIMIZER), not content.optimizer
+            load_optimizer_state(optimizer, state, where=where, keep=kept, layout=parts.layout, exact_types=exact)
+    if (changes is not None and changes.new_schedule) or not content.has(SCHEDULER):
         rewind_schedule(parts.lr_schedule, optimizer, rates, stored.info.position.step)
     else:
-        take_schedule(parts.lr_schedule, load_pickle(stored.folder / SCHEDULER), stored.info)
+        take_schedule(parts.lr_schedule, content.pickle(SCHEDULER), stored.info)
 
 
 def _load_rest(stored: StoredState, parts: StateParts) -> None:
-    folder = stored.folder
+    folder, content = stored.folder, stored.opened()
     for name, part in ((SCALER, parts.scaler), (OBJECTIVE, parts.objective)):
-        if part is not None and (folder / name).exists():
-            part.load_state_dict(load_pickle(folder / name))
-    if parts.scaler is not None and stored.info.exact and not (folder / SCALER).exists():
+        if part is not None and content.has(name):
+            part.load_state_dict(content.pickle(name))
+    if parts.scaler is not None and stored.info.exact and not content.has(SCALER):
         raise UserError("holds no loss scaler", "It was not saved with --mixed_precision fp16", where=str(folder))
     if parts.ema is not None:
-        if not (folder / EMA_WEIGHTS).exists():
+        if not content.has(EMA_WEIGHTS):
             raise UserError("holds no averaged weights (EMA)", "Switch EMA off or start anew", where=str(folder))
-        parts.ema.restore(dict(open_tensors(folder / EMA_WEIGHTS)), read_json(folder / EMA_NUMBERS))
+        parts.ema.restore(content.tensors(EMA_WEIGHTS), content.json(EMA_NUMBERS))
 
 
 def _generators(step: int) -> bytes:

@@ -17,6 +17,8 @@ from library.checkpoints.pickles import load_pickle
 from library.contracts import Position, RunLength
 from library.errors import EXIT_USER, Problem, StopTraining, UserError
 from library.files import NewFile, clean_litter
+from library.training.options_output import NEWEST
+from library.training.state_content import ANOTHER, FolderContent, StateContent, read_json
 
 _log = logging.getLogger(__name__)
 
@@ -29,10 +31,8 @@ SCALER = "scaler.pt"
 OBJECTIVE = "objective.bin"
 EMA_WEIGHTS = "ema.safetensors"
 EMA_NUMBERS = "ema.json"
-_MAX_JSON_BYTES = 256 * 1024**2
 _HASH_BUFFER = 4 * 1024**2
 _HASH_THREADS = 4
-_ANOTHER = "The state is damaged: resume from another one (--resume latest finds the newest whole one)"
 DEFAULT_NAMES = ("epoch", "at", "last")
 """Names of epoch, step and final saves when there is no `--output_name`."""
 
@@ -46,12 +46,14 @@ class Identity:
         data: fingerprint of the data set.
         base_model: what was trained from (name, hash).
         environment: versions, device, threads: differences are only reported.
+        training: what trains which family of models; empty in older states.
     """
 
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     base_model: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
+    training: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,12 @@ class StoredState:
     info: StateInfo
     notes: tuple[str, ...] = ()
     sequence: int = 0
+    content: StateContent | None = None
+    """What stands for its files; None: the files."""
+
+    def opened(self) -> StateContent:
+        """Return what its files hold."""
+        return self.content or FolderContent(self.folder)
 
     def finished(self, total_steps: int) -> bool:
         """Whether a run of `total_steps` has nothing left to do."""
@@ -144,25 +152,6 @@ class FileTable:
             return {name: {"size": size, "sha256": job.result()} for name, (size, job) in self._found.items()}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        UserError: missing, too large, or not a JSON object.
-    """
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise UserError("is too large for what it should be", where=str(path))
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError("is not valid JSON", _ANOTHER, where=str(path)) from error
-    if not isinstance(value, dict):
-        raise UserError("is not a JSON object", _ANOTHER, where=str(path))
-    return value
-
-
 def write_pickle(path: Path, value: Any) -> Path:
     """Write with torch, and see at once that it can be read back without running code."""
     import torch
@@ -194,9 +183,10 @@ def verify_state(folder: str | Path, *, fast: bool = False) -> StoredState:
         what = f"refused: {planted[0]} is a pickle that could run code when loaded"
         raise UserError(what, "Remove it if you trust the rest of the folder", where=str(folder))
     if not (folder / MANIFEST).exists():
+        from library.training.official_state import is_official, read_official_state
         from library.training.reference_state import read_reference_state
 
-        return read_reference_state(folder)
+        return read_official_state(folder) if is_official(folder) else read_reference_state(folder)
     manifest = read_json(folder / MANIFEST)
     info = _read_info(folder, manifest)
     problems = _check_files(folder, manifest.get("files"), info, fast=fast)
@@ -216,36 +206,34 @@ def _read_info(folder: Path, manifest: Mapping[str, Any]) -> StateInfo:
         return StateInfo.from_json(manifest["info"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"does not describe a state ({type(error).__name__}: {error})"
-        raise UserError(what, _ANOTHER, where=where) from error
+        raise UserError(what, ANOTHER, where=where) from error
 
 
 def _check_files(folder: Path, files: Any, info: StateInfo, *, fast: bool) -> list[Problem]:
     """Return one problem per file that is not as listed."""
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
-        return [Problem(str(folder / MANIFEST), "lists no files", _ANOTHER)]
+        return [Problem(str(folder / MANIFEST), "lists no files", ANOTHER)]
     needed = {SCHEDULER, *model_names(len(info.modules))}
     needed |= {shard_name(rank) for rank in range(info.world)} if info.sharded else {OPTIMIZER}
     needed |= {f"random_states_{rank}.pkl" for rank in range(info.world)}
-    problems = [Problem(str(folder / name), "is not listed in resume.json", _ANOTHER) for name in needed - set(files)]
+    problems = [Problem(str(folder / name), "is not listed in resume.json", ANOTHER) for name in needed - set(files)]
     hashed: list[str] = []
     for name, entry in files.items():
         path = folder / name
         if Path(name).name != name or name in {"", ".", ".."}:
-            problems.append(Problem(str(folder / MANIFEST), f"{name!r} is not a plain file name", _ANOTHER))
+            problems.append(Problem(str(folder / MANIFEST), f"{name!r} is not a plain file name", ANOTHER))
         elif not path.is_file():
-            problems.append(Problem(str(path), "is missing", _ANOTHER))
+            problems.append(Problem(str(path), "is missing", ANOTHER))
         elif path.stat().st_size != entry.get("size"):
             what = f"has {path.stat().st_size} bytes instead of {entry.get('size')}"
-            problems.append(Problem(str(path), what, _ANOTHER))
+            problems.append(Problem(str(path), what, ANOTHER))
         else:
             hashed.append(name)
     if not fast and not problems:
         with ThreadPoolExecutor(_HASH_THREADS) as pool:
             digests = pool.map(lambda name: sha256_file(folder / name), hashed)
         wrong = [name for name, digest in zip(hashed, digests, strict=True) if digest != files[name].get("sha256")]
-        problems = [
-            Problem(str(folder / name), "was damaged or changed since it was saved", _ANOTHER) for name in wrong
-        ]
+        problems = [Problem(str(folder / name), "was damaged or changed since it was saved", ANOTHER) for name in wrong]
     return problems
 
 
@@ -262,17 +250,17 @@ def shard_name(rank: int) -> str:
 def find_state(
     resume: str, output_dir: str | Path | None, output_name: str | None, *, fast: bool = False
 ) -> StoredState | None:
-    """Return the state that `--resume` names; `latest`: the newest whole one of this output name.
+    """Return the state that `--resume` names; `latest` or `auto`: the newest whole one of this output name.
 
     Call it on rank 0 only and hand the folder to the others, which then need no hashing (`verify_state(fast=True)`).
 
     Returns:
-        None when `latest` is asked for and there is no state at all yet: the run starts from the beginning.
+        None when the newest is asked for and there is no state at all yet: the run starts from the beginning.
 
     Raises:
         UserError: the folder is no whole state, or all states of this output name are broken.
     """
-    if resume != "latest":
+    if resume not in NEWEST:
         clean_litter(Path(resume).absolute().parent)
         return verify_state(resume, fast=fast)
     folder = Path(output_dir or ".")
@@ -289,9 +277,26 @@ def find_state(
         _log.info("resuming from %s", candidate)
         return state
     if found:
-        raise UserError.of([Problem("--resume latest", "no state of this run is whole"), *problems])
-    _log.info("--resume latest: no state of this output name in %s yet, so training starts from the beginning", folder)
+        raise UserError.of([Problem(f"--resume {resume}", "no state of this run is whole"), *problems])
+    if (official := _official(folder)) is not None:
+        return official
+    _log.info(
+        "--resume %s: no state of this output name in %s yet, so training starts from the beginning", resume, folder
+    )
     return None
+
+
+def _official(folder: Path) -> StoredState | None:
+    """Return the run of the original trainer that an output folder holds, if it can be continued."""
+    from library.training.official_state import is_official, read_official_state
+
+    if not is_official(folder):
+        return None
+    try:
+        return read_official_state(folder)
+    except UserError as error:
+        _log.warning("%s", error)
+        return None
 
 
 def _verify_ours(folder: Path, *, fast: bool) -> StoredState:

@@ -15,8 +15,8 @@ from library.training.state_files import shard_name, write_pickle
 if TYPE_CHECKING:
     from library.training.ranks import Ranks
     from library.training.resume_check import Changes
-    from library.training.state import Shards
     from library.training.state_files import StoredState
+    from library.training.state_parts import Shards
 
 
 @contextmanager

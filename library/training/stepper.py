@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from library.training.fused_backward import FusedBackward
 from library.training.non_finite import NonFiniteWatch
-from library.training.stepping import StepOutcome, step_or_skip
+from library.training.stepping import StepOutcome, gradient_norm, step_or_skip
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +34,9 @@ class Stepper:
     shards: Any = None
     """What a state stores in place of the optimizer, where each process holds a part of it (see `EngineStepper`)."""
 
+    layout: Any = None
+    """How the optimizer's values become those of the parameters, where processes hold pieces (see `WeightShares`)."""
+
     def __init__(
         self,
         built: BuiltOptimizer,
@@ -54,6 +57,7 @@ class Stepper:
         self._accumulation = accumulation
         self._scaler = scaler
         self._step = first_step
+        self._norm_of = gradient_norm
         self._params: list[Tensor] = [param for group in built.optimizer.param_groups for param in group["params"]]
         self._fused: FusedBackward | None = None
         if options.fused_backward_pass:
@@ -103,7 +107,7 @@ class Stepper:
         if self._fused is not None:
             outcome = self._fused.finish()
         else:
-            outcome = step_or_skip(self.built, self._params, self._max_grad_norm, self._scaler)
+            outcome = step_or_skip(self.built, self._params, self._max_grad_norm, self._scaler, norm_of=self._norm_of)
         self.newly_skipped = self.watch.add(self._step, outcome)
         self._step += 1
         if self._fused is not None:

@@ -5,7 +5,7 @@ Where the optimizer allows it the device decides by itself, so that the host nev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +35,21 @@ class StepOutcome:
     counts: Tensor
 
 
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Return the L2 norm of all gradients together as a float32 scalar, whatever their types."""
+    if not gradients:
+        return torch.zeros(())
+    norms = torch._foreach_norm(list(gradients), 2, dtype=torch.float32)
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
 def step_or_skip(
-    built: BuiltOptimizer, params: Sequence[Tensor], max_grad_norm: float, scaler: Any = None
+    built: BuiltOptimizer,
+    params: Sequence[Tensor],
+    max_grad_norm: float,
+    scaler: Any = None,
+    *,
+    norm_of: Callable[[Sequence[Tensor]], Tensor] = gradient_norm,
 ) -> StepOutcome:
     """Clip the gradients to `max_grad_norm`, then step, unless a gradient is not finite.
 
@@ -48,11 +61,12 @@ def step_or_skip(
         params: All that is clipped together; those without gradient are left out.
         max_grad_norm: Largest L2 norm; 0 does not clip.
         scaler: `torch.amp.GradScaler` of float16 training.
+        norm_of: Computes the norm of gradients, which may be pieces of what several processes have.
     """
     if scaler is not None:
         return _step_scaled(built.optimizer, params, max_grad_norm, scaler)
     gradients = [param.grad for param in params if param.grad is not None]
-    norm = gradient_norm(gradients)
+    norm = norm_of(gradients)
     finite = torch.isfinite(norm)
     outcome = _outcome(norm, finite)
     if built.row.skips_on_device and norm.device.type != "cpu":
@@ -69,14 +83,6 @@ def step_or_skip(
         torch._foreach_mul_(gradients, max_grad_norm / (value + _TINY))
         built.optimizer.step()
     return outcome
-
-
-def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Return the L2 norm of all gradients together as a float32 scalar, whatever their types."""
-    if not gradients:
-        return torch.zeros(())
-    norms = torch._foreach_norm(list(gradients), 2, dtype=torch.float32)
-    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def clip_factor(norm: Tensor, max_grad_norm: float) -> Tensor:

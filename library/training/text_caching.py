@@ -85,15 +85,11 @@ def _look(
         return plan_texts(rows, layout, {}, rules, to_disk=False), {}
     if rules.skip_check:
         logger.warning("--skip_cache_check: files of text encoder outputs are used without looking into them")
-    text = run.opts.text
     origin = {
         "family": family.spec.name,
         # The weights in memory, not those of the file: others may have been merged into them.
         "text_encoder": "+".join(hash_tensors(encoder.state_dict()) for encoder in family.text_encoders),
-        "clip_skip": text.clip_skip,
-        "max_token_length": text.max_token_length,
-        "weighted": text.weighted_captions,
-        "padded": not text.no_token_padding,
+        **run.opts.text.cache_origin(),
     }
     return plan_texts(rows, layout, origin, rules, to_disk=True), origin
 
@@ -134,8 +130,9 @@ class _CaptionEncoder:
     def __init__(self, run: Processes, family: ModelFamily, data: TrainingData) -> None:
         self.run, self.family = run, family
         self.tokenizers = data.catalogue.tokenizers
-        # Outputs of bfloat16 are widened, which numpy does not know.
-        self.dtype = np.float16 if run.frozen_dtype == torch.float16 else np.float32
+        halves = (torch.float16, torch.bfloat16) if family.spec.text_cache_half else (torch.float16,)
+        # numpy knows no bfloat16: outputs of such encoders are widened where they may leave the range of float16.
+        self.dtype = np.float16 if run.frozen_dtype in halves else np.float32
 
     def tokens(self, text: str, job: TextJob | None = None) -> _Caption:
         """Return the tokens of a caption."""

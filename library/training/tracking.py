@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from library.contracts import Position, RunLength
     from library.training.options import LogOptions
     from library.training.sampling import SampledImage
-    from library.training.scalars import Scalar
+    from library.training.scalars import Histogram, Scalar
 
 __all__ = ["LossAverage", "Tracker", "learning_rates", "peak_memory_mb"]
 
@@ -131,6 +131,14 @@ class Tracker:
         for writer in list(self._writers):
             self._try(writer, partial(writer.write, scalars, step, epoch=epoch))
 
+    def write_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
+        """Write distributions, after all scalars up to here."""
+        if histograms:
+            self.flush()
+        for name, histogram in histograms.items():
+            for writer in list(self._writers):
+                self._try(writer, partial(writer.histogram, name, histogram, step))
+
     def add_pictures(self, pictures: Iterable[Sequence[SampledImage]]) -> None:
         """Show sample pictures, given as one list per rank, in the order of their prompts."""
         everything = [picture for of_rank in pictures for picture in of_rank]
@@ -147,7 +155,8 @@ class Tracker:
         self.loss_average.add((position.update_in_epoch or self._length.updates_per_epoch) - 1, loss)
         average = self.loss_average.average
         if position.step % self._log_options.log_every_n_steps == 0:
-            self.write({**values, "loss/current": loss, "loss/average": average}, position.step)
+            further = self._log_options.further_names(values, position.step)
+            self.write({**values, "loss/current": loss, "loss/average": average, **further}, position.step)
         if epoch_ended:
             # Scripts of this kind have two names for it; whoever looks for either finds it.
             averages = {"loss/epoch": average, "loss/epoch_average": average}

@@ -33,7 +33,9 @@ OURS = {
     *("webdataset_shuffle", "webdataset_streaming", "text_encoder_batch_size"),
 }
 OURS_IN = {
-    "stable_cascade_train_stage_c": {"clip_image_cond_rate", "image_model_checkpoint_path", "stage_c_dropout"},
+    "stable_cascade_train_stage_c": {
+        *("clip_image_cond_rate", "effnet_scale", "image_model_checkpoint_path", "stage_c_dropout"),
+    },
     "stable_cascade_train_stage_b": {"effnet_dropout_rate"},
 }
 READ_BY_PROPERTIES = {

@@ -31,7 +31,7 @@ GUIDES = [
     DOCS / "gen_img.md",
     DOCS / "captioning.md",
     DOCS / "tagging_and_metadata.md",
-    DOCS / "data_tools.md",
+    DOCS / "stable_cascade.md",
     ROOT / "CONTRIBUTING.md",
 ]
 SCRIPTS = option_sets() | picture_option_sets()
@@ -51,7 +51,7 @@ def command_lines():
 def test_command_lines_parse(script, line, tmp_path, monkeypatch):
     """They read; files of networks need not be there, which is another test's business."""
     monkeypatch.chdir(tmp_path)
-    for name in ("train_network.md", "fine_tune.md"):
+    for name in ("train_network.md", "fine_tune.md", "stable_cascade.md"):
         guides.write_files(DOCS / name, tmp_path)
     words = shlex.split(line)
     reading = read(SCRIPTS[script], words[words.index(f"{script}.py") + 1 :])

@@ -49,6 +49,7 @@ GOLDEN = {
 }
 OURS = {
     "allow_nan_weights",
+    "allow_pipe_urls",
     "bucket_random_ratio",
     "cache_dir",
     "cache_hash",
@@ -73,6 +74,7 @@ OURS = {
     "webdataset_cache_dir",
     "webdataset_epoch_size",
     "webdataset_path",
+    "webdataset_resampled",
     "webdataset_shuffle",
     "webdataset_streaming",
 }

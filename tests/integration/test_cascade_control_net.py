@@ -112,6 +112,31 @@ def test_cached_latents_change_nothing(control_cascade, photo_folders, tmp_path)
         assert torch.allclose(tensor, cached[name], atol=2e-4), name
 
 
+def test_kept_edges_change_nothing_but_the_time(control_cascade, photo_folders, tmp_path, monkeypatch):
+    from library.models.cascade.control_filters import CannyFilter
+
+    looked = []
+    find = CannyFilter.find
+    monkeypatch.setattr(CannyFilter, "find", lambda self, picture: looked.append(1) or find(self, picture))
+    words = ("--flip_aug", "--max_train_epochs=1")
+    plain = trained(control_cascade, photo_folders, tmp_path / "a", *words)
+    for name, looks in (("b", True), ("c", False)):
+        looked.clear()
+        kept = trained(control_cascade, photo_folders, tmp_path / name, *words, "--cache_conditions_to_disk")
+        assert tensor_digest(kept) == tensor_digest(plain)
+        assert bool(looked) == looks
+
+
+def test_stage_c_s_own_dropout_is_off_unless_it_is_asked_for(control_cascade, photo_folders, tmp_path):
+    digests = []
+    for number, more in enumerate(
+        ((), ("--stage_c_dropout=0.3",), ("--stage_c_dropout=0.3", "--gradient_checkpointing"))
+    ):
+        words = (*more, "--max_train_steps=1")
+        digests.append(tensor_digest(trained(control_cascade, photo_folders, tmp_path / str(number), *words)))
+    assert digests[0] != digests[1] == digests[2]
+
+
 @pytest.fixture
 def pairs(tmp_path):
     """Black pictures with a white half, and a folder that tells which half."""

@@ -79,6 +79,17 @@ def test_the_text_encoder_trains_with_the_stage_or_alone(cascade_command, tiny_c
     assert (kept == 0) == stage_trains
 
 
+def test_rows_of_tokens_learn_in_float32_where_all_else_is_half(cascade_command, tiny_cascade, tmp_path):
+    """A rate at which bfloat16 could not move them."""
+    more = ("--train_text_encoder_only", "--learning_rate=1e-6", "--full_bf16", "--mixed_precision=bf16")
+    assert train_stage_c(*cascade_command(tmp_path / "out"), *more) == 0
+    old, new = load_file(tiny_cascade.text), load_file(tmp_path / "out" / "duck_text_model.safetensors")
+    name = "text_model.embeddings.token_embedding.weight"
+    moved = (new[name] - old[name]).abs().max().item()
+    assert new[name].dtype == torch.float32 and 0 < moved < 1e-5
+    assert new["text_projection.weight"].dtype == torch.bfloat16
+
+
 def test_stage_b_trains_with_and_without_cached_latents(cascade_command, tiny_cascade, tmp_path, losses):
     assert train_stage_b(*cascade_command(tmp_path / "a", stage="b")) == 0
     assert train_stage_b(*cascade_command(tmp_path / "b", "--cache_latents_to_disk", "--cache_latents", stage="b")) == 0

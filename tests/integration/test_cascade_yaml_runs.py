@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from library.errors import UserError
 from library.models.random_cascade import TINY_B, TINY_C
 from library.option_parser import parse
 from tests.cascade_runs import train_stage_b, train_stage_c
@@ -117,12 +116,13 @@ def test_wrong_keys_are_named(workplace, capsys, line, expected):
     assert expected in told[0]
 
 
-def test_sharing_weights_needs_an_engine(workplace, monkeypatch, capsys):
+def test_sharing_weights_takes_several_processes(workplace, monkeypatch):
     config = workplace / "run.yaml"
     config.write_text((EXAMPLES / "stage_c.yaml").read_text() + "use_fsdp: true\n")
-    assert any("--fsdp" in str(warning) for warning in options(config).warnings)
+    assert any("no effect in one process" in str(warning) for warning in options(config).warnings)
+    assert not options(config).shares_weights
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "--deepspeed" in str(pytest.raises(UserError, options, config).value)
+    assert options(config).shares_weights
 
 
 def test_a_toml_file_is_read_as_in_the_other_scripts(workplace):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import networks.lora
 import stable_cascade_gen_img
+from library.checkpoints.cascade_lora import stated, walk
 from library.checkpoints.cascade_parts import control_filter_metadata
 from library.checkpoints.embedding_file import write_embedding
 from library.checkpoints.headers import read_header
@@ -240,6 +242,11 @@ def test_control_nets(draw, cat, net, photograph):
     assert (only(draw(CAT, *words, "--controlnet_multipliers", 0)) == cat).all()
     assert (only(draw(CAT, *words, "--lowvram")) == guided).all()
     assert (only(draw(CAT, *words, "--controlnet_ratios", 0.4)) != guided).any()
+    prompt_only = only(draw(CAT, *words, "--controlnet_cond_only"))
+    assert (prompt_only != guided).any()
+    assert (prompt_only != cat).any()
+    unguided = [f"{CAT} --l 1", *words]
+    assert (only(draw(*unguided, "--controlnet_cond_only")) == only(draw(*unguided))).all()
 
 
 def test_what_a_file_is_for_is_told_before_anything_is_drawn(draw, files, net, tmp_path, photograph):
@@ -267,3 +274,163 @@ def test_a_control_net_for_another_stage_c(draw, files, tmp_path):
     code, _, error = draw(CAT, f"--controlnet_checkpoint_path={other.controlnet}", "--controlnet_filter=canny")
     assert code == 2
     assert "is for a stage C with 64 features, and this one has 32" in error
+
+
+def test_parts_of_a_prompt_are_drawn_together(draw, cat):
+    both = only(draw("--prompt=a cat AND a dog --d 1"))
+    assert (both != cat).any()
+    assert abs(only(draw("--prompt=a dog AND a cat --d 1")) - both).max() <= 1
+    code, pictures, _ = draw("--prompt=a cat AND a dog --d 1,2", "--images_per_prompt=2", "--batch_size=2")
+    assert code == 0
+    assert abs(np.asarray(pictures[0]).astype(int) - both).max() <= 1
+    # Without guidance: the mean of what is predicted for each.
+    alike, single = only(draw("--prompt=a cat AND a cat --d 1 --l 1")), only(draw("--prompt=a cat --d 1 --l 1"))
+    assert abs(alike - single).max() <= 1
+
+
+def test_guidance_that_changes_on_the_way(draw, cat):
+    changing = only(draw(CAT, "--scale=4", "--scale_end=1"))
+    assert (changing != cat).any()
+    assert (only(draw(f"{CAT} --l 4 --le 1")) == changing).all()
+    assert (only(draw(f"{CAT} --le none", "--scale_end=1")) == cat).all()
+    code, (picture,), _ = draw(f"{CAT} --le 1")
+    assert code == 0
+    assert picture.text["scale-end"] == "1.0"
+    assert "CFG scale at the end: 1" in picture.text["parameters"]
+    assert "Stage B steps: 2" in picture.text["parameters"]
+
+
+def with_words(files, path, **tensors):
+    """A LoRA that changes nothing but words."""
+    zero = {"lora_unet_clf_1.lora_down.weight": torch.zeros(1, 32, 1, 1)}
+    zero["lora_unet_clf_1.lora_up.weight"] = torch.zeros(16, 1, 1, 1)
+    save_file({**zero, **tensors}, path, {"ss_base_model_version": "stable_cascade"})
+    return f"--network_weights={path}"
+
+
+CATS = {"embeddings.indices": torch.tensor([2368]), "embeddings.embeddings": torch.full((1, 32), 0.3)}
+"""A change to the vector of ``cat``."""
+
+
+def test_words_in_networks(draw, files, cat, tmp_path):
+    row = 0.1 * torch.randn(1, 32, generator=torch.Generator().manual_seed(1))
+    new = with_words(files, tmp_path / "new.safetensors", **{"bundle_emb.[felix].clip_g": row})
+    felix = "--prompt=a [felix] --d 1"
+    known, unknown = only(draw(felix, new)), only(draw(felix))
+    assert (known != unknown).any()
+    assert (only(draw("--prompt=a [FELIX] --d 1", new, "--network_merge")) == known).all()
+    assert (only(draw(CAT, new)) == cat).all()
+    again = with_words(files, tmp_path / "again.safetensors", **{"bundle_emb.[felix].clip_g": -row})
+    code, _, error = draw(felix, *new.split("="), again.split("=")[1])
+    assert code == 0
+    assert "its word [felix] is left out" in error
+    wide = with_words(files, tmp_path / "wide.safetensors", **{"bundle_emb.[felix].clip_g": torch.zeros(1, 16)})
+    code, _, error = draw(felix, wide)
+    assert code == 2
+    assert "holds vectors of 16 values" in error
+
+
+def test_changed_vectors_of_known_words_are_as_strong_as_their_network(draw, files, cat, tmp_path):
+    changed = with_words(files, tmp_path / "cats.safetensors", **CATS)
+    whole = only(draw(CAT, changed))
+    assert (whole != cat).any()
+    assert (only(draw(f"{CAT} --am 0", changed)) == cat).all()
+    for words in (["--network_merge"], ["--network_pre_calc"], ["--lowvram"]):
+        assert abs(only(draw(CAT, changed, *words)) - whole).max() <= 1
+    half = {**CATS, "embeddings.embeddings": CATS["embeddings.embeddings"] / 2}
+    halved = with_words(files, tmp_path / "half.safetensors", **half)
+    assert abs(only(draw(f"{CAT} --am 0.5", changed)) - only(draw(CAT, halved))).max() <= 1
+    assert (only(draw("--prompt=a dog --d 1", changed)) == only(draw("--prompt=a dog --d 1"))).all()
+
+
+@pytest.fixture
+def original(files, tmp_path):
+    """A LoRA of the original trainer, which does not say what its word is."""
+    stage = load_stage(files.stage_c, "c")
+    entries = walk(stage.config, (".attn",))
+    tensors = {"embeddings.indices": torch.tensor([49408]), "embeddings.embeddings": torch.full((1, 32), 0.2)}
+    for number, entry in enumerate(entries):
+        tensors[f"weights.{number}.lora_up"] = torch.full((entry.shape[0], 2), 0.1)
+        tensors[f"weights.{number}.lora_down"] = torch.full((2, entry.shape[1]), 0.1)
+    path = tmp_path / "fernando.safetensors"
+    save_file(tensors, path, stated(entries))
+    return path
+
+
+def test_loras_of_the_original_trainer(draw, files, cat, original):
+    fernando, words = "--prompt=a [fernando] --d 1", [f"--network_weights={original}"]
+    assert (only(draw(CAT, *words)) != cat).any()
+    code, (plain,), error = draw(fernando, *words)
+    assert code == 0
+    assert "it is not known what 1 new words in it are; give --train_tokens" in error
+    told = only(draw(fernando, *words, "--train_tokens", "[fernando]=^cat</w>"))
+    assert (told != np.asarray(plain)).any()
+    code, _, error = draw(CAT, "--train_tokens", "[fernando]=^cat</w>")
+    assert code == 2
+    assert "--train_tokens: needs --network_weights" in error
+
+
+def test_yaml_files_of_the_original_program(draw, files, cat, net, original, photograph, tmp_path):
+    stage_c = {
+        "model_version": "3.6B",
+        "effnet_checkpoint_path": str(files.effnet),
+        "previewer_checkpoint_path": str(files.previewer),
+        "generator_checkpoint_path": str(files.stage_c),
+        "clip_text_model_name": str(files.text),
+    }
+    stage_b = {
+        "model_version": "3B",
+        "batch_size": 4,
+        "image_size": 1024,
+        "webdataset_path": "file:inference/imagenet_1024.tar",
+        "stage_a_checkpoint_path": str(files.stage_a),
+        "generator_checkpoint_path": str(files.stage_b),
+    }
+    control = {
+        "controlnet_filter": "CannyFilter",
+        "controlnet_filter_params": {"resize": 64},
+        "controlnet_checkpoint_path": str(net),
+    }
+    tokens = {"train_tokens": [["[fernando]", "^cat</w>"]], "lora_checkpoint_path": str(original)}
+    paths = {}
+    for name, keys in {"c": stage_c, "b": stage_b, "control": stage_c | control, "lora": stage_c | tokens}.items():
+        paths[name] = tmp_path / f"{name}.yaml"
+        paths[name].write_text(json.dumps(keys), encoding="utf-8")
+    assert (only(draw(CAT, model=[str(paths["c"]), str(paths["b"])])) == cat).all()
+    both = ["--config_file", str(paths["b"]), "--config_file_b", str(paths["c"])]
+    code, _, error = draw(CAT, model=both)
+    assert code == 0
+    assert "keys that only trainings need are passed over: batch_size, image_size, webdataset_path" in error
+    guided = only(draw(CAT, f"--controlnet_image={photograph}", model=[str(paths["control"]), str(paths["b"])]))
+    words = [f"--controlnet_checkpoint_path={net}", f"--controlnet_image={photograph}"]
+    assert (guided == only(draw(CAT, *words))).all()
+    fernando = "--prompt=a [fernando] --d 1"
+    words = [f"--network_weights={original}", "--train_tokens", "[fernando]=^cat</w>"]
+    learnt = only(draw(fernando, model=[str(paths["lora"]), str(paths["b"])]))
+    assert (learnt == only(draw(fernando, *words))).all()
+    for model, message in (
+        ([str(paths["c"]), str(paths["c"])], "is for stage C, as"),
+        ([str(paths["b"])], "--stage_c_checkpoint_path: is required"),
+        (["--config_file_b", str(paths["b"])], "--config_file_b: needs --config_file"),
+        ([str(paths["c"]), "--model_version=2B"], "--model_version: '2B' is not one of 3.6B, 1B"),
+    ):
+        code, _, error = draw(CAT, model=model)
+        assert code == 2
+        assert message in error
+
+
+def test_what_is_typed_wins_over_yaml_files(draw, files, tmp_path, cat):
+    keys = {"generator_checkpoint_path": "nowhere", "dtype": "bfloat16", "scale": 7}
+    path = tmp_path / "c.yaml"
+    path.write_text(json.dumps(keys), encoding="utf-8")
+    assert (only(draw(CAT, "--scale=4", model=[str(path), *named(files)])) != cat).any()  # bfloat16
+    keys.pop("dtype")
+    path.write_text(json.dumps(keys), encoding="utf-8")
+    assert (only(draw(CAT, "--scale=4", model=[str(path), *named(files)])) == cat).all()
+    assert (only(draw(CAT, model=[str(path), *named(files)])) == only(draw(CAT, "--scale=7"))).all()
+
+
+def test_guides_without_a_control_net_are_told_of(draw, cat):
+    code, _, error = draw(f"{CAT} --cn nowhere.png")
+    assert code == 0
+    assert "--prompt: --cn has no effect: there is no --controlnet_checkpoint_path" in error

@@ -1,7 +1,9 @@
 """The fork server for tests that kill programs, and the small network training that tests spoil."""
 
+import io
 import shutil
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,22 @@ def few_photos(tmp_path_factory) -> Path:
     for name in ("00.jpg", "00.caption", "01.jpg", "01.caption"):
         shutil.copy(PHOTOS / "duck" / name, tree / "1_sks duck")
     return tree
+
+
+@pytest.fixture(scope="session")
+def caption_shards(tmp_path_factory) -> Path:
+    """Three tar files with eight photographs, whose captions hold `[fernando]` and some tags."""
+    folder = tmp_path_factory.mktemp("shards")
+    pictures = [path for kind in ("bear", "duck") for path in sorted((PHOTOS / kind).glob("*.jpg"))[:4]]
+    for number in range(3):
+        with tarfile.open(folder / f"data-{number}.tar", "w") as tar:
+            for place, picture in enumerate(pictures[number::3]):
+                caption = f"[fernando] the duck {place}, yellow, on water".encode()
+                for suffix, content in ((".jpg", picture.read_bytes()), (".txt", caption)):
+                    member = tarfile.TarInfo(f"set/{number}{place:03d}{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return folder
 
 
 @pytest.fixture(scope="session")

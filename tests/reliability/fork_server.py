@@ -17,6 +17,7 @@ import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -108,6 +109,46 @@ class ForkServer:
         child.wait(timeout)
         return child
 
+    def run_ranks(
+        self, target: str, arguments: list[str], *, env: dict[str, str] | None = None, status=0, timeout=120.0, cwd=ROOT
+    ) -> list[str]:
+        """Run `target` as two processes that work together, as a launcher starts them, on the CPU.
+
+        When one fails the other is killed, which may wait for it in vain.
+
+        Args:
+            target: As for `start`.
+            arguments: As for `start`.
+            env: Variables besides those of a launcher; empty values are left out.
+            status: What both are to return.
+            timeout: Seconds for both together.
+            cwd: Their working folder.
+
+        Returns:
+            What each has written.
+        """
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+        children = []
+        for rank in ("0", "1"):
+            launched = {**meeting, "LOCAL_WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "1"}
+            settings = {name: value.format(rank=rank) for name, value in {**launched, **(env or {})}.items()}
+            chosen = {name: value for name, value in settings.items() if value}
+            children.append(self.start(target, arguments, env=chosen, cwd=cwd))
+        deadline = time.monotonic() + timeout
+        try:
+            while any(child.poll() is None for child in children):
+                failed = any(child.returncode not in (None, status) for child in children)
+                assert not failed and time.monotonic() < deadline, "\n".join(child.output() for child in children)
+                time.sleep(_GRACE)
+        finally:
+            for child in children:
+                if child.poll() is None:
+                    child.kill()
+        assert {child.returncode for child in children} == {status}, children[0].output()
+        return [child.output() for child in children]
+
     def run_killed(self, target: str, arguments: list[str], faults: Sequence[str]) -> int:
         """Run a training, killed at one fault after the other, resumed each time; then once more to its end.
 
@@ -165,6 +206,14 @@ def _preload() -> None:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
     from transformers import CLIPTextModel  # noqa: F401
+
+    # Half a second for each child.
+    import library.models.cascade.stage_c
+    import library.models.sd
+    import library.training.caching
+    import library.training.loop
+    import library.training.opening
+    import library.training.run  # noqa: F401
 
     torch.set_num_threads(1)
 

@@ -1,70 +1,94 @@
-"""A Stable Cascade run that is killed and resumed ends with the same bits as one that was not, averages included."""
+"""A Stable Cascade run that is stopped, killed and resumed ends with the same bits as one that was not."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
+import json
 
 import pytest
 
 from tests.cascade_runs import train_stage_b, train_stage_c
 from tests.support import tensor_digest
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 EVERYTHING = "--adaptive_loss_weight --ema_decay=0.8 --ema_start_steps=2 --save_state --caption_dropout_rate=0.3"
+TARS = (
+    "--train_batch_size=2 --multi_aspect_ratio 1/1 1/2 --bucket_random_ratio=0.3 --gradient_accumulation_steps=2 "
+    "--flip_aug"
+)
 VARIANTS = {
-    "c: adaptive weights, average, dropout": ("c", EVERYTHING),
-    "c: text encoder too, accumulation": (
+    "c: adaptive weights, average, dropout": ("c", f"{EVERYTHING} --clip_image_cond_rate=0.5"),
+    "c: text encoder too, accumulation, tar files": (
         "c",
-        f"{EVERYTHING} --train_text_encoder --learning_rate_te1=1e-4 --gradient_accumulation_steps=2 "
-        "--noise_offset=0.1",
+        f"{EVERYTHING} {TARS} --train_text_encoder --learning_rate_te1=1e-4 --noise_offset=0.1 --ema_every_n_steps=2",
     ),
+    "c: streamed": ("c", f"{EVERYTHING} --webdataset_streaming --webdataset_shuffle=3 --train_text_encoder_only"),
     "c: bfloat16, fused backward pass, cached latents": (
         "c",
         f"{EVERYTHING} --full_bf16 --mixed_precision=bf16 --optimizer_type=Adafactor --fused_backward_pass "
         "--gradient_checkpointing --cache_latents --lr_scheduler=constant --optimizer_args relative_step=False",
     ),
-    "b: pyramid noise, sizes and gaps of the condition": ("b", EVERYTHING),
+    "b: pyramid noise, sizes and gaps of the condition": ("b", f"{EVERYTHING} --cache_latents"),
+    "b: tar files, text encoder too": ("b", f"{EVERYTHING} {TARS} --train_text_encoder --ema_device=cpu"),
 }
 
 
 @pytest.mark.parametrize(("stage", "more"), VARIANTS.values(), ids=VARIANTS)
-def test_a_resumed_run_ends_with_the_same_bits(cascade_command, tmp_path, stage, more):
+def test_a_resumed_run_ends_with_the_same_bits(cascade_command, caption_shards, tiny_cascade, tmp_path, stage, more):
     train = train_stage_c if stage == "c" else train_stage_b
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     usual = {"max_train_steps": 4, "lr_scheduler": "cosine", "stage": stage}
+    if "multi_aspect" in more or "streaming" in more:
+        usual |= {"train_data_dir": None, "webdataset_path": caption_shards}
+    if "clip_image" in more:
+        usual |= {"image_model_checkpoint_path": tiny_cascade.vision}
     assert train(*cascade_command(whole, *more.split(), **usual)) == 0
     assert train(*cascade_command(parts, *more.split(), "--save_every_n_steps=2", **usual)) == 0
     middle = parts / "duck-step00000002-state"
     for path in parts.glob("duck.safetensors"):
         path.unlink()
     assert train(*cascade_command(parts, *more.split(), f"--resume={middle}", "--overwrite", **usual)) == 0
-    compared = [
-        "duck.safetensors",
-        "duck_ema.safetensors",
-        "duck-state/model.safetensors",
-        "duck-state/ema.safetensors",
-    ]
-    if "--train_text_encoder" in more:
-        compared += ["duck_text_model.safetensors", "duck_ema_text_model.safetensors"]
-    for name in compared:
+    states = sorted(path.relative_to(whole) for path in (whole / "duck-state").glob("*.safetensors"))
+    models = sorted(path.relative_to(whole) for path in whole.glob("*.safetensors"))
+    assert (len(models), len(states)) == (
+        (4, 3) if "--train_text_encoder " in more else (4 if "only" in more else 2, 2)
+    )
+    for name in (*models, *states):
         assert tensor_digest(whole / name) == tensor_digest(parts / name), name
-    assert (whole / "duck-state" / "objective.bin").read_bytes() == (
-        parts / "duck-state" / "objective.bin"
-    ).read_bytes()
+    objectives = [(folder / "duck-state" / "objective.bin").read_bytes() for folder in (whole, parts)]
+    assert objectives[0] == objectives[1]
 
 
-def test_a_killed_run_goes_on_from_its_last_state(cascade_command, tmp_path):
-    more = ("--adaptive_loss_weight", "--ema_decay=0.8", "--save_state", "--save_every_n_steps=2")
-    command = cascade_command(tmp_path / "killed", *more, max_train_steps=4)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SD_FAULT": "step.forward:kill9:4"}
-    script = [sys.executable, str(ROOT / "stable_cascade_train_stage_c.py")]
-    killed = subprocess.run([*script, *command], env=environment, capture_output=True, timeout=120, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-600:]
-    assert train_stage_c(*command, "--resume=latest") == 0
-    assert train_stage_c(*cascade_command(tmp_path / "whole", *more, max_train_steps=4)) == 0
+FAULTS = {
+    "c": ("step.backward:kill9:2", "state.between_files:kill9:9", "step.optimizer_mid:kill9:2"),
+    "b": ("save.mid:kill9:9", "step.after:kill9:2"),
+}
+
+
+@pytest.mark.parametrize("stage", FAULTS)
+def test_a_killed_run_goes_on_from_its_last_state(fork_server, cascade_command, tmp_path, stage):
+    more = (*EVERYTHING.split(), "--save_every_n_steps=1", "--save_last_n_steps=1")
+    command, straight = (
+        cascade_command(tmp_path / name, *more, max_train_steps=4, stage=stage) for name in ("killed", "straight")
+    )
+    deaths = fork_server.run_killed(f"stable_cascade_train_stage_{stage}.py", command, FAULTS[stage])
+    assert deaths == len(FAULTS[stage])
+    assert (train_stage_c if stage == "c" else train_stage_b)(*straight) == 0
+    for name in ("duck.safetensors", "duck_ema.safetensors", "duck-step00000004_ema.safetensors"):
+        assert tensor_digest(tmp_path / "killed" / name) == tensor_digest(tmp_path / "straight" / name), name
+    assert not (tmp_path / "killed" / "duck-step00000002_ema.safetensors").exists()
+
+
+@pytest.mark.parametrize(("action", "status"), [("int", 130), ("term", 143)])
+def test_a_signal_saves_a_state_with_everything(cascade_command, tmp_path, monkeypatch, action, status):
+    more = EVERYTHING.replace("--save_state ", "").split()
+    command, straight = (
+        cascade_command(tmp_path / name, *more, "--gradient_accumulation_steps=2", max_train_steps=3)
+        for name in ("stopped", "straight")
+    )
+    with monkeypatch.context() as patch:
+        patch.setenv("SD_FAULT", f"step.forward:{action}:3")
+        assert train_stage_c(*command) == status
+    summary = json.loads((tmp_path / "stopped" / "run_summary.json").read_text())
+    assert (summary["exit_code"], summary["step"]) == (status, 2)
+    assert train_stage_c(*command, f"--resume={summary['last_state']}") == train_stage_c(*straight) == 0
     for name in ("duck.safetensors", "duck_ema.safetensors"):
-        assert tensor_digest(tmp_path / "killed" / name) == tensor_digest(tmp_path / "whole" / name)
+        assert tensor_digest(tmp_path / "stopped" / name) == tensor_digest(tmp_path / "straight" / name), name

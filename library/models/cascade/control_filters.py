@@ -9,7 +9,7 @@ name a class of their own as `module:Class`. Light: numpy alone is imported here
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -39,6 +39,10 @@ class ControlFilter(Protocol):
     """What it gets is a ready picture of `conditioning_data_dir`, not the picture that is trained."""
 
     @property
+    def kept(self) -> str:
+        """Names all but the picture that decides what `find` finds (`library.contracts.ConditionFinder`), or empty."""
+
+    @property
     def num_channels(self) -> int:
         """Channels of the condition."""
 
@@ -60,6 +64,11 @@ class PlainFilter:
 
     from_file = False
 
+    @property
+    def kept(self) -> str:
+        """Names all but the picture that decides what `find` finds; empty: there is nothing worth being kept."""
+        return ""
+
     def finish(self, prepared: Tensor, encode: Encode, seed: int) -> Tensor:
         """Return what was prepared."""
         return prepared
@@ -80,18 +89,41 @@ class CannyFilter(PlainFilter):
         """Return what is wrong with the parameters, or nothing."""
         return "resize: must be at least 8" if self.resize is not None and self.resize < 8 else ""
 
+    @property
+    def kept(self) -> str:
+        """Names what decides where edges are."""
+        return f"canny {self.resize}"
+
     def prepare(self, picture: Picture, rng: random.Random, mask: NDArray[np.bool_] | None = None) -> Array:
         """Find edges."""
+        return self.paint(self.find(picture), (picture.shape[0], picture.shape[1]), rng)
+
+    def find(self, picture: Picture) -> dict[str, NDArray[Any]]:
+        """Return where edges are, one bit for each pixel of the copy."""
         cv2 = _opencv()
         small: Any = picture
         if self.resize is not None:
             # Cut off, not rounded, as the official filter does.
             small = cv2.resize(picture.astype(np.float32), (self.resize, self.resize), interpolation=cv2.INTER_LINEAR)
-        edges = cv2.Canny(np.ascontiguousarray(small.astype(np.uint8)), *_EDGES).astype(np.float32) / np.float32(255)
-        height, width = picture.shape[:2]
-        if edges.shape != (height, width):
-            edges = cv2.resize(edges, (width, height), interpolation=cv2.INTER_LINEAR)
+        edges = cv2.Canny(np.ascontiguousarray(small.astype(np.uint8)), *_EDGES)
+        return {"edges": np.packbits(edges > 0, axis=1)}
+
+    def accepts(self, found: Mapping[str, NDArray[Any]], size_hw: tuple[int, int]) -> bool:
+        """Whether `find` could have found this in a picture of this size."""
+        height, width = self._copy_size(size_hw)
+        edges = found.get("edges")
+        return edges is not None and edges.dtype == np.uint8 and edges.shape == (height, -(-width // 8))
+
+    def paint(self, found: Mapping[str, NDArray[Any]], size_hw: tuple[int, int], rng: random.Random) -> Array:
+        """Return the edges in a map of the size of the picture."""
+        small = np.unpackbits(found["edges"], axis=1, count=self._copy_size(size_hw)[1])
+        edges: Any = small.astype(np.float32)
+        if edges.shape != size_hw:
+            edges = _opencv().resize(edges, size_hw[::-1], interpolation=_opencv().INTER_LINEAR)
         return np.ascontiguousarray(edges[None])
+
+    def _copy_size(self, size_hw: tuple[int, int]) -> tuple[int, int]:
+        return size_hw if self.resize is None else (self.resize, self.resize)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,14 @@ their own.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from library.checkpoints.hashes import file_sha256
 from library.errors import UserError
 from library.models.cascade.control_filters import Array, Picture, PlainFilter
 from library.models.cascade.onnx_file import onnx_problem, run_onnx
@@ -75,11 +77,40 @@ class IdentityFilter(PlainFilter):
                 return f"{name}: must be between 0 and 1"
         return "" if self.max_faces >= 1 else "max_faces: must be at least 1"
 
+    @property
+    def kept(self) -> str:
+        """Names what decides which faces are found: the two files."""
+        return f"faces {file_sha256(self.detector_path or '')} {file_sha256(self.recognizer_path or '')}"
+
     def prepare(self, picture: Picture, rng: random.Random, mask: NDArray[np.bool_] | None = None) -> Array:
         """Find the faces and paint their vectors."""
+        return self.paint(self.find(picture), (picture.shape[0], picture.shape[1]), rng)
+
+    def find(self, picture: Picture) -> dict[str, NDArray[Any]]:
+        """Return the boxes [n,4] and vectors [n,512] of all faces."""
+        faces = self.faces(picture)
+        boxes, vectors = [face.box for face in faces], [face.vector for face in faces]
+        return {
+            "boxes": np.array(boxes, np.float32).reshape(-1, 4),
+            "vectors": np.array(vectors, np.float32).reshape(-1, _VECTOR),
+        }
+
+    def accepts(self, found: Mapping[str, NDArray[Any]], size_hw: tuple[int, int]) -> bool:
+        """Whether `find` could have found this."""
+        boxes, vectors = found.get("boxes"), found.get("vectors")
+        if boxes is None or vectors is None or boxes.shape != (len(vectors), 4):
+            return False
+        fitting = vectors.shape == (len(boxes), _VECTOR) and boxes.dtype == vectors.dtype == np.float32
+        return fitting and bool(np.isfinite(boxes).all() and np.isfinite(vectors).all())
+
+    def paint(self, found: Mapping[str, NDArray[Any]], size_hw: tuple[int, int], rng: random.Random) -> Array:
+        """Return a map with the vectors of the largest faces."""
         fills = rng.random() < self.p_full
-        faces = sorted(self.faces(picture), key=lambda face: -face.area)[: self.max_faces]
-        rows, columns = (max(side // _DOWNSCALE, 1) for side in picture.shape[:2])
+        known = [
+            Face(tuple(box), vector) for box, vector in zip(found["boxes"].tolist(), found["vectors"], strict=True)
+        ]
+        faces = sorted(known, key=lambda face: -face.area)[: self.max_faces]
+        rows, columns = (max(side // _DOWNSCALE, 1) for side in size_hw)
         painted = np.zeros((_VECTOR, rows, columns), np.float32)
         kept = [face for face in faces if rng.random() >= self.p_drop]
         # Small ones last, so that a face in front of a larger one is seen.

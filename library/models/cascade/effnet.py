@@ -19,6 +19,7 @@ from library.models.assemble import build_module
 
 _EPS = 1e-3
 _SQUEEZE = 4
+Channels = tuple[float, float, float]
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -118,15 +119,20 @@ class EffNetEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return latents [N,16,ceil(H/32),ceil(W/32)] of pixels [N,3,H,W] in [0,1]."""
-        mean, std = _statistics(pixels.device, pixels.dtype)
-        normal = ((pixels - mean) / std).to(self.mapper[0].weight.dtype)
+        normal = standardize(pixels, _MEAN, _STD).to(self.mapper[0].weight.dtype)
         return self.mapper(self.backbone(normal.contiguous(memory_format=torch.channels_last)))
 
 
-@lru_cache(maxsize=8)
-def _statistics(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(row, device=device, dtype=dtype).reshape(1, 3, 1, 1) for row in (_MEAN, _STD))
-    return mean, std
+def standardize(pixels: Tensor, mean: Channels, std: Channels) -> Tensor:
+    """Return pixels [N,3,H,W] with the mean and the spread of each channel taken off."""
+    shift, scale = _on_device(mean, pixels.device, pixels.dtype), _on_device(std, pixels.device, pixels.dtype)
+    return (pixels - shift) / scale
+
+
+@lru_cache(maxsize=16)
+def _on_device(values: Channels, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return numbers of channels as [1,3,1,1]; sent to a GPU once, for every time would wait for it."""
+    return torch.tensor(values, device=device, dtype=dtype).reshape(1, -1, 1, 1)
 
 
 def build_effnet(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from library.errors import Problem
 from library.models.options import ModelOptions, TextOptions
@@ -104,7 +105,7 @@ class StageCModelOptions(CascadeModelOptions, title="model"):
         path=True,
         resume="free",
         matters_when={"clip_image_cond_rate": ()},
-        help="CLIP image encoder (ViT-L/14), for --clip_image_cond_rate.",
+        help="CLIP image encoder (ViT-L/14), for --clip_image_cond_rate: a file, a folder or a Hugging Face id.",
     )
     clip_image_cond_rate: float = opt(
         0.0,
@@ -133,6 +134,11 @@ class StageCModelOptions(CascadeModelOptions, title="model"):
             "--image_model_checkpoint_path": self.image_model_checkpoint_path,
         }
 
+    def base_files(self) -> dict[str, str]:
+        """Return what frozen weights come from, by name."""
+        seen = {"image encoder": self.image_model_checkpoint_path or ""} if self.clip_image_cond_rate else {}
+        return {**super().base_files(), **seen}
+
     def check(self) -> Iterator[Problem]:
         """Refuse image conditions without what makes them."""
         yield from super().check()
@@ -148,6 +154,10 @@ class CascadeTextOptions(TextOptions, title="text"):
         False,
         help="Let the text encoder see padding, as sd-scripts did. Programs that draw with the model do not.",
     )
+
+    def cache_origin(self) -> dict[str, Any]:
+        """Return what the outputs of the text encoder depend on besides weights and captions."""
+        return {**super().cache_origin(), "masked": not self.no_text_mask}
 
     def warn(self) -> Iterator[Problem]:
         """Point out lengths that nothing draws with."""

@@ -142,12 +142,17 @@ def build_part_text(sources: CascadeSources, weights: WeightPlan) -> ProjectedTe
     if sources.text is None:
         with torch.device("meta"):
             return make_projected_text_encoder(NO_TEXT).requires_grad_(False).eval()
-    return build_projected_text_encoder(
+    encoder = build_projected_text_encoder(
         sources.text.config,
         sources.text.tensors,
         device=weights.device_of("text_encoder"),
         dtype=weights.dtype_of("text_encoder"),
     )
+    # Rows of the table are seldom trained, and by so little that bfloat16 would lose it. Weights that are shared out
+    # between GPUs must be of one type.
+    if "text_encoder" in weights.trained and weights.trained_device is None:
+        encoder.text_model.embeddings.float()
+    return encoder
 
 
 def build_part_stage(sources: CascadeSources, weights: WeightPlan, seed: int) -> CascadeUNet:

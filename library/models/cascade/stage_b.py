@@ -73,7 +73,8 @@ class StageB(CascadeFamily):
         condition = super().condition(batch, draws)
         if batch.pixels is None:
             raise ValueError("stage B needs pixels for its condition")
-        with torch.no_grad():
+        # The encoder has a type of its own, as where latents are cached, and it needs no mixed precision.
+        with torch.no_grad(), torch.autocast(self.effnet.device.type, enabled=False):
             size = smaller_size(batch.pixels.shape[-2:], _SMALLEST + (1 - _SMALLEST) * draws.scalar("effnet_size"))
             pixels = _from_zero_to_one(batch.pixels, self.effnet.device)
             latents = self.effnet.model(functional.interpolate(pixels, size, mode="nearest")).float()

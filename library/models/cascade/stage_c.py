@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from library.checkpoints import load_cascade
+from library.checkpoints.hub import resolve_model
 from library.contracts import Condition
 from library.models.cascade.base import CascadeFamily
 from library.models.cascade.previewer import Previewer
@@ -54,7 +55,8 @@ class StageC(CascadeFamily):
             loaded = load_cascade.load_previewer(model.previewer_checkpoint_path)
             self.previewer = self.lazy(loaded, Previewer, "previewer", keep_cache=highvram)
         if model.clip_image_cond_rate:
-            vision = load_cascade.load_vision(model.image_model_checkpoint_path or "")
+            name = model.image_model_checkpoint_path or ""
+            vision = load_cascade.load_vision(resolve_model(name, "--image_model_checkpoint_path"))
             self.image_encoder = self.lazy(vision, make_image_encoder, "image encoder", keep_cache=highvram)
 
     def encode_images(self, pixels: Tensor, draws: Draws) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from library.models.assemble import build_module
+from library.models.cascade.effnet import standardize
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
@@ -49,5 +50,4 @@ def embed_images(encoder: Any, pixels: Tensor) -> Tensor:
     ).clamp(0, 1)
     top, left = (resized.shape[-2] - size) // 2, (resized.shape[-1] - size) // 2
     square = resized[..., top : top + size, left : left + size]
-    mean, std = (square.new_tensor(row).reshape(3, 1, 1) for row in (_MEAN, _STD))
-    return encoder(((square - mean) / std).to(weight.dtype)).image_embeds
+    return encoder(standardize(square, _MEAN, _STD).to(weight.dtype)).image_embeds

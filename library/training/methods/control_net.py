@@ -58,10 +58,14 @@ class Control(Protocol):
 class ControlNetTraining(PlainMethod):
     """Trains a ControlNet on a model that stays as it is."""
 
-    def __init__(self, family: ModelFamily, control: Control, opts: TrainingOptions) -> None:
+    def __init__(
+        self, family: ModelFamily, control: Control, opts: TrainingOptions, *, drops_out: bool = False
+    ) -> None:
         self.family = family
         self.control = control
         self.opts = opts
+        # Whether the model's own dropout works while the ControlNet trains.
+        self.uses_global_randomness = drops_out
 
     def attach(self) -> None:
         """Freeze the model; all of the ControlNet trains."""
@@ -69,7 +73,7 @@ class ControlNetTraining(PlainMethod):
             part.requires_grad_(False).eval()
         self.control.network.requires_grad_(True)
         if self.opts.memory.gradient_checkpointing:
-            self.family.enable_gradient_checkpointing(preserve_rng_state=False)
+            self.family.enable_gradient_checkpointing(preserve_rng_state=self.uses_global_randomness)
         self.train_mode()
 
     def parts(self) -> dict[str, nn.Module]:
@@ -86,13 +90,18 @@ class ControlNetTraining(PlainMethod):
         return [ParamGroup("control_net", parameters, self.opts.optimizer.learning_rate)]
 
     def train_mode(self) -> None:
-        """Training mode for the ControlNet; what must not adapt, such as its batch norms, sees to that itself."""
+        """Training mode for the ControlNet; what must not adapt, such as its batch norms, sees to that itself.
+
+        The model stays in evaluation mode unless its own dropout is wanted.
+        """
         self.control.network.train()
+        self.family.denoiser.train(self.uses_global_randomness)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode, and back."""
         self.control.network.eval()
+        self.family.denoiser.eval()
         try:
             yield
         finally:

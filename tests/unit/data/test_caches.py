@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from library.contracts import ImageRecord, Placement
 from library.data import caches
-from library.data.cache_files import setting_aside
+from library.data.cache_files import Verdict, setting_aside
 from library.data.cache_names import LEGACY, CacheRules, LatentNeed, cache_path, mirror_root
 from library.data.caches import BrokenCache, check_file, find_valid, read_latents, write_latents
 from library.data.npz import BrokenNpz, NpzFile, pack_npz
@@ -51,7 +51,7 @@ def write(need, *, rules=RULES, vae=VAE, seed=0):
 
 
 def reason(need, rules=RULES, vae=VAE):
-    return find_valid(need, rules, vae)[1]
+    return find_valid(need, rules, vae)[1].reason
 
 
 # Names
@@ -92,7 +92,7 @@ def test_round_trip(tmp_path, flip, mask):
     need = make_need(tmp_path, flip=flip, mask=mask)
     assert reason(need) == caches.MISSING
     path, arrays = write(need)
-    assert find_valid(need, RULES, VAE) == ("_sd", None)
+    assert find_valid(need, RULES, VAE) == ("_sd", Verdict())
     found = read_latents(path, need.shape, mask_shape=need.mask_shape if mask else None)
     assert np.array_equal(found.latents, arrays["latents"]) and found.latents.dtype == np.float32
     assert (found.mask is None) == (not mask)
@@ -164,7 +164,7 @@ def test_peer_files_are_accepted_on_names_and_shapes(tmp_path, suffix, compresse
     arrays = {"latents": latents_for(need), "latents_flipped": latents_for(need, 1)}
     arrays["alpha_mask"] = np.ones(need.mask_shape, np.float32)
     (np.savez_compressed if compressed else np.savez)(path, **arrays, original_size=np.array([640, 480]))
-    assert find_valid(need, RULES, VAE) == (suffix, None)
+    assert find_valid(need, RULES, VAE) == (suffix, Verdict(known=False))
     assert np.array_equal(read_latents(path, need.shape, flipped=True).latents, arrays["latents_flipped"])
     assert reason(make_need(tmp_path, bucket_wh=(128, 96))) == caches.OTHER_RESOLUTION
 
@@ -190,7 +190,7 @@ def test_files_named_sdxl_need_a_record_of_origin(tmp_path):
     np.savez(path, latents=latents_for(need))
     assert reason(need) == caches.OTHER_FAMILY
     write_latents(path, need, RULES, VAE, {"latents": latents_for(need)})
-    assert find_valid(need, RULES, VAE) == ("_sdxl", None)
+    assert find_valid(need, RULES, VAE) == ("_sdxl", Verdict())
     assert reason(need, vae="other") == caches.OTHER_VAE
 
 

@@ -8,6 +8,8 @@ from loading_helpers import bucketed, fill, picture, some_pictures, training_dat
 
 from library.contracts import BatchKey, SampleKey, StepKey
 from library.data.options import CacheOptions
+from library.errors import UserError
+from library.new_file import CannotSave
 
 
 @dataclass(frozen=True)
@@ -78,3 +80,95 @@ def test_pictures_that_cannot_be_read_leave_a_blank_condition(tmp_path):
     assert not batch.loss_weight.any()
     assert not batch.control[:, :3].any()
     assert batch.control.shape == (1, 4, 64, 64)
+
+
+# What is found in pictures, kept in files --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finder:
+    """Finds the mean colour of a picture; paints it beside one number of the generator."""
+
+    kept: str = "mean"
+    from_file: bool = False
+    calls = []
+
+    def find(self, picture):
+        self.calls.append(picture)
+        return {"mean": picture.reshape(-1, 3).mean(0)}
+
+    def accepts(self, found, size_hw):
+        return "mean" in found and found["mean"].shape == (3,)
+
+    def paint(self, found, size_hw, rng):
+        mean = np.broadcast_to(found["mean"].astype(np.float32)[:, None, None], (3, *size_hw))
+        return np.concatenate([mean, np.full((1, *size_hw), rng.random(), np.float32)])
+
+    def prepare(self, picture, rng):
+        return self.paint(self.find(picture), picture.shape[:2], rng)
+
+
+@pytest.fixture
+def finder():
+    Finder.calls.clear()
+    return Finder()
+
+
+def keeping(rows, folder, finder, *, cache=None, **subset):
+    data = training_data(rows, [bucketed(folder, **subset)], cache=cache)
+    data.keep_conditions(finder, "_control")
+    return data
+
+
+def test_what_is_found_is_found_once_and_gives_the_same_bits(tmp_path, finder):
+    rows = some_pictures(tmp_path, 4, sizes=((96, 64),))
+    plain = served(rows, tmp_path, finder, flip_aug=True)
+    wanted = [batch_of(plain, range(4), epoch).control.numpy() for epoch in range(6)]
+    finder.calls.clear()
+    for _ in range(2):
+        data = keeping(rows, tmp_path, finder, flip_aug=True)
+        for epoch, expected in enumerate(wanted):
+            assert np.array_equal(batch_of(data, range(4), epoch).control.numpy(), expected)
+    # Each picture as it is and mirrored.
+    assert len(finder.calls) == len(list(tmp_path.glob("*_control*.npz"))) == 8
+
+
+def test_with_cached_latents_no_picture_is_opened_any_more(tmp_path, finder, monkeypatch):
+    rows = some_pictures(tmp_path, 2, sizes=((96, 64),))
+    batch_of(keeping(rows, tmp_path, finder), range(2))
+    data = keeping(rows, tmp_path, finder, cache=CacheOptions(cache_latents=True))
+    fill(data)
+    monkeypatch.setattr("library.data.serving.load_image", None)
+    assert batch_of(data, range(2)).control.shape[:2] == (2, 4)
+
+
+def test_stale_and_broken_files_are_made_anew(tmp_path, finder):
+    rows = some_pictures(tmp_path, 1, sizes=((96, 64),))
+    first = batch_of(keeping(rows, tmp_path, finder), [0]).control
+    (path,) = tmp_path.glob("*_control.npz")
+    whole = path.read_bytes()
+    for broken in (whole[:100], b"", whole.replace(b"mean", b"MEAN")):
+        path.write_bytes(broken)
+        assert np.array_equal(batch_of(keeping(rows, tmp_path, finder), [0]).control.numpy(), first.numpy())
+        assert path.read_bytes() == whole
+    count = len(finder.calls)
+    batch_of(keeping(rows, tmp_path, Finder(kept="other")), [0])
+    assert len(finder.calls) == count + 1
+
+
+def test_pictures_that_vary_are_refused(tmp_path, finder):
+    rows = some_pictures(tmp_path, 1, sizes=((96, 64),))
+    with pytest.raises(UserError, match="--cache_conditions_to_disk.*without random_crop"):
+        keeping(rows, tmp_path, finder, random_crop=True)
+
+
+def test_a_folder_that_cannot_be_written_costs_time_alone(tmp_path, finder, caplog, monkeypatch):
+    def full(path, arrays):
+        raise CannotSave("no space left")
+
+    monkeypatch.setattr("library.data.condition_store.write_cache", full)
+    rows = some_pictures(tmp_path, 2, sizes=((96, 64),))
+    assert batch_of(keeping(rows, tmp_path, finder), range(2)).control.shape[0] == 2
+    assert [record.getMessage() for record in caplog.records] == [
+        f"what the ControlNet looks at is not kept in {tmp_path}: no space left"
+    ]

@@ -306,6 +306,27 @@ def test_hostile_tars_are_told_in_one_line_each(tmp_path, caplog):
     assert len(lines) == 1 and "4 entries" in lines[0] and "h.tar" in lines[0]
 
 
+def test_commands_run_only_where_they_are_allowed(tmp_path, shards, monkeypatch):
+    entry, copies = f"pipe:cat {shards[0][:-5]}{{a,b}}.tar", tmp_path / "copies"
+    allowed = {"allow_pipe_urls": True, "webdataset_cache_dir": str(copies)}
+    assert len(opened(webdataset_path=(entry,), **allowed).table) == 9
+    assert len(list(copies.iterdir())) >= 2
+    monkeypatch.setattr("library.data.shard_copies.subprocess", None)
+    assert len(opened(webdataset_path=(entry,), **allowed).table) == 9, "copies are made once"
+    with pytest.raises(UserError, match="pipe: would run a command.*--allow_pipe_urls"):
+        opened(webdataset_path=(entry,))
+    with pytest.raises(UserError, match="the address itself: s3://a/b.tar"):
+        opened(webdataset_path=("pipe:aws s3 cp s3://a/b.tar -",))
+
+
+@pytest.mark.parametrize(("command", "message"), [("exit 3", "ended with status 3"), ("true", "wrote nothing")])
+def test_commands_that_fail_leave_no_copy(tmp_path, command, message):
+    copies = tmp_path / "copies"
+    with pytest.raises(UserError, match=message):
+        opened(webdataset_path=(f"pipe:{command}",), allow_pipe_urls=True, webdataset_cache_dir=str(copies))
+    assert not list(copies.glob("*.tar"))
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [

@@ -119,6 +119,21 @@ def test_there_are_no_more_workers_than_tar_files(tmp_path):
         serve(data, world=2)
 
 
+def test_tar_files_may_be_drawn_at_random(folder, tmp_path):
+    data = opened(folder, webdataset_resampled=True, run_batches=24)
+    names = [key for batch in serve(data, steps=24) for key in batch.record_keys]
+    assert len(set(names[:24])) < 24, "some come twice in what would be a pass"
+    assert len(set(names)) > 12
+    whole = seen(serve(data, workers=2))
+    assert seen(serve(data, workers=2, start=Position(5, 0, 5))) == whole[5:]
+    ranks = [
+        {key for batch in serve(data, rank=rank, world=2, steps=6) for key in batch.record_keys} for rank in (0, 1)
+    ]
+    assert ranks[0] != ranks[1]
+    alone = opened(make_shard(tmp_path / "one.tar", 6), webdataset_resampled=True)
+    assert serve(alone, world=2, rank=1, steps=2)
+
+
 def test_epochs_of_a_given_size(folder):
     data = opened(folder, webdataset_epoch_size=7, run_batches=None)
     assert data.batch_count() == 4
@@ -149,7 +164,10 @@ def test_batches_hold_one_bucket(tmp_path):
 
 def test_filters_choose_and_a_filter_that_rejects_everything_is_an_error(folder):
     data = opened(folder, subset={"dataset_filter": ("score: score < 6",)})
-    assert {caption for batch in serve(data) for caption in batch.captions} == {f"caption {n}" for n in range(6)}
+    found = serve(data)
+    assert {caption for batch in found for caption in batch.captions} == {f"caption {n}" for n in range(6)}
+    counted = sum(batch.left_out["dataset_filter"] for batch in found if batch.left_out)
+    assert counted >= 18, "24 samples in the first of four passes, of which 6 are used"
     with pytest.raises(UserError, match=r"dataset_filter: none of 24 samples is left: no 'points'"):
         opened(folder, subset={"dataset_filter": ("points: points < 6",)})
 
@@ -176,6 +194,8 @@ def test_bad_pictures_are_replaced_and_damage_is_told(tmp_path, caplog):
     found = serve(opened(good.parent))
     assert any("0003.jpg" in text for batch in found for text in batch.replaced)
     assert "b.tar: has no end mark; it is probably cut off at byte 13312" in caplog.text
+    left_out = sum((Counter(batch.left_out) for batch in found), Counter())
+    assert left_out["tar file damaged or out of reach, counted as one"] >= 1
     assert "b/set/0011.jpg" not in {key for batch in found for key in batch.record_keys}
 
 

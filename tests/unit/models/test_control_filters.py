@@ -60,6 +60,19 @@ def test_edges_are_looked_for_in_a_square_of_224(photo):
     assert np.array_equal(edges, prepared("canny", photo, "resize=224"))
 
 
+def test_kept_edges_must_be_those_of_the_picture_s_size():
+    for resize, size in (("null", (64, 61)), ("224", (96, 160))):
+        maker = make_filter("canny", (f"resize={resize}",))
+        found = maker.find(np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8))
+        assert maker.accepts(found, size)
+        edges = found["edges"]
+        for wrong in ({}, {"edges": edges[:-1]}, {"edges": edges[:, :-1]}, {"edges": edges.astype(np.float32)}):
+            assert not maker.accepts(wrong, size)
+        assert maker.accepts(found, (32, 32)) == (resize == "224")
+    assert make_filter("canny").kept != make_filter("canny", ("resize=null",)).kept
+    assert not any(make_filter(name).kept for name in ("inpaint", "sr", "sr_effnet", "folder"))
+
+
 # Masks -------------------------------------------------------------------------------------------------------------
 
 

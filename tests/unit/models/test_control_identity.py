@@ -88,6 +88,27 @@ def test_chance_drops_faces_and_fills_the_map(tmp_path, recognizer):
     assert 4 <= sum(kept) <= 16
 
 
+def test_kept_faces_are_painted_as_new_ones(tmp_path, recognizer):
+    faces = [(64, 96, 160, 192, 0.9), (448, 64, 512, 128, 0.7)]
+    maker = identity(tmp_path, recognizer, faces, "p_drop=0.3")
+    found = maker.find(PICTURE)
+    assert maker.accepts(found, (320, 640)) and len(found["boxes"]) == 2
+    for seed in range(5):
+        made = maker.paint(found, (320, 640), random.Random(seed))
+        assert np.array_equal(made, maker.prepare(PICTURE, random.Random(seed)))
+    nobody = {"boxes": found["boxes"][:0], "vectors": found["vectors"][:0]}
+    assert maker.accepts(nobody, (320, 640)) and not maker.paint(nobody, (320, 640), random.Random(0)).any()
+    for wrong in (
+        {},
+        {**found, "boxes": found["boxes"][:1]},
+        {**found, "vectors": found["vectors"][:, :9]},
+        {**found, "boxes": found["boxes"] * np.float32(np.nan)},
+        {**found, "boxes": found["boxes"].astype(np.float64)},
+    ):
+        assert not maker.accepts(wrong, (320, 640))
+    assert identity(tmp_path, recognizer, faces[:1]).kept != maker.kept
+
+
 def test_unsure_and_double_finds_do_not_count(tmp_path, recognizer):
     faces = [(64, 96, 160, 192, 0.9), (128, 96, 224, 192, 0.8), (300, 96, 364, 160, 0.3), (448, 64, 512, 128, 0.7)]
     maker = identity(tmp_path, recognizer, faces, "p_drop=0")

@@ -13,6 +13,8 @@ from library.errors import UserError
 from library.training.lr_schedules import LR_SCHEDULES, build_lr_schedule, check_lr_schedule, updates_of
 from library.training.optimizers import build_optimizer
 from library.training.options import OptimizerOptions, ScheduleOptions
+from library.training.options_cascade import StageCTuneOptions
+from library.training.options_cascade_run import CascadeScheduleOptions
 
 RATE, STEPS = 1e-3, 60
 
@@ -131,6 +133,16 @@ def test_rates_are_those_of_the_reference(name, options, theirs, arguments):
 
 def test_every_schedule_is_pinned():
     assert {name for name, *_ in CASES} | {"adafactor"} == set(LR_SCHEDULES)
+
+
+def test_a_warm_up_may_begin_above_zero():
+    """As the scripts of Stable Cascade want it: update k of n, from 1, has the share k/n."""
+    schedule = CascadeScheduleOptions(lr_scheduler="constant_with_warmup", lr_warmup_steps=4)
+    built = make("constant")[1]
+    found = run(build_lr_schedule(schedule, OptimizerOptions(learning_rate=RATE), built, STEPS), 6)
+    assert [rates[0] / RATE for rates in found] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+    assert StageCTuneOptions.options()["lr_warmup_steps"].default == 0
+    assert StageCTuneOptions().schedule.warmup_begins_at == 1
 
 
 @pytest.mark.parametrize("warmup", [10, 10 / STEPS])

@@ -211,6 +211,28 @@ def test_adaptive_weights_pass_over_what_is_not_finite():
     assert adaptive.weights(torch.tensor([5])).item() == pytest.approx(1e7)
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_log_has_the_loss_before_weighting(adaptive):
+    aim = objective(adaptive_loss_weight=adaptive)
+    assert aim.scalars() == {}
+    for values in ([1.0, 2.0], [6.0]):
+        noised = aim.noise(latents()[: len(values)], draws(rows=len(values)))
+        aim.observe(noised, torch.tensor(values))
+    aim.after_update(lambda tensor: 2 * tensor)
+    assert aim.scalars()["raw_loss"].item() == 3, "the mean over all samples of all processes"
+    aim.observe(noised, torch.tensor([4.0]))
+    aim.after_update(lambda tensor: tensor)
+    assert aim.scalars()["raw_loss"].item() == 4
+    if not adaptive:
+        assert aim.histograms() == {}
+        return
+    histogram = aim.histograms()["adaptive_loss"]
+    assert histogram.counts == aim.adaptive.losses.tolist() and len(histogram.edges) == BUCKETS + 1
+    level = log_snr(torch.tensor([0.5]))
+    place = aim.adaptive.buckets(level).item()
+    assert histogram.edges[place] <= level.item() <= histogram.edges[place + 1]
+
+
 def test_the_state_goes_through_a_file_and_is_checked():
     one, other = objective(adaptive_loss_weight=True), objective(adaptive_loss_weight=True)
     noised = one.noise(latents(), draws())

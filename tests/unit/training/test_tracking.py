@@ -14,7 +14,8 @@ import torch
 from library.contracts import Position, RunLength
 from library.errors import UserError
 from library.training.options import LogOptions
-from library.training.scalars import DeferredScalars, LossAverage, learning_rates, peak_memory_mb
+from library.training.options_cascade_run import CascadeLogOptions
+from library.training.scalars import DeferredScalars, Histogram, LossAverage, learning_rates, peak_memory_mb
 from library.training.tracking import Tracker
 
 LENGTH = RunLength(6, 2, 3, 1, 1, 1)
@@ -242,6 +243,29 @@ def test_pictures_in_tensorboard(tmp_path):
     assert found.Images("sample_2")[0].step == 4
 
 
+HISTOGRAM = Histogram([-1.0, 0.0, 1.0, 2.0], [0.5, 0.25, 0.25])
+
+
+def test_histograms_and_further_names(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = CascadeLogOptions(logging_dir=str(tmp_path))
+    with Tracker(log, length=LENGTH) as tracker:
+        for position in positions(0, 2):
+            values = {"loss": torch.tensor(2.0), "lr/unet": 1e-3, "lr/text_encoder1": 1e-4}
+            tracker.update(position, values, epoch_ended=False)
+        tracker.write_histograms({"adaptive_loss": HISTOGRAM}, 2)
+    folder = only(tmp_path) / "dreambooth"
+    found = curves(folder)
+    assert found["total_steps"] == [(1, 1), (2, 2)]
+    assert found["lr"] == [(1, pytest.approx(1e-3)), (2, pytest.approx(1e-3))]
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    (event,) = events.Histograms("adaptive_loss")
+    assert (event.step, event.histogram_value.bucket_limit[-3:]) == (2, [0.0, 1.0, 2.0])
+    assert event.histogram_value.bucket[-3:] == [0.5, 0.25, 0.25]
+
+
 class TestWandb:
     @pytest.fixture
     def wandb(self, monkeypatch):
@@ -288,6 +312,12 @@ class TestWandb:
         with tracker_of(tmp_path, log_with="wandb") as tracker:
             tracker.add_pictures(pictures())
         assert wandb.rows[:3] == [(4, {f"sample_{index}": f"prompt {index}"}) for index in range(3)]
+
+    def test_histograms(self, tmp_path, wandb):
+        wandb.Histogram = lambda np_histogram: np_histogram
+        with tracker_of(tmp_path, log_with="wandb") as tracker:
+            tracker.write_histograms({"adaptive_loss": HISTOGRAM}, 3)
+        assert wandb.rows[0] == (3, {"adaptive_loss": ([0.5, 0.25, 0.25], [-1.0, 0.0, 1.0, 2.0])})
 
     def test_resuming_continues_the_run(self, tmp_path, wandb):
         first = tracker_of(tmp_path, log_with="all")

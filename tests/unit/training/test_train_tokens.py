@@ -84,7 +84,7 @@ BAD = {
 
 @pytest.mark.parametrize("item", BAD)
 def test_bad_patterns_are_named(item, monkeypatch):
-    monkeypatch.setattr("library.training.train_tokens._SECONDS", 0 if "too long" in BAD[item] else 10)
+    monkeypatch.setattr("library.models.token_choice._SECONDS", 0 if "too long" in BAD[item] else 10)
     with pytest.raises(UserError) as caught:
         match_tokens(TokenOptions(train_tokens=(item, "[y]")))
     assert len(caught.value.problems) == 1
@@ -200,6 +200,29 @@ def test_files_bring_the_vectors_back(tmp_path):
     assert np.array_equal(word.rows["clip_g"].numpy(), tensors[name].numpy())
     assert word.metadata["placeholder"] == "[x]"
     assert tokens.saved_beside == ("_x",)
+
+
+def test_what_patterns_find_is_told(caplog):
+    with caplog.at_level(logging.INFO):
+        match_tokens(TokenOptions(train_tokens=("[x]=^snail", "^dog")))
+    assert "--train_tokens [x]=^snail: begins with the mean of snail</w>, snails</w>" in caplog.text
+    assert "--train_tokens ^dog: trains dog</w>, dogs</w>, dog," in caplog.text and " and 3 more" in caplog.text
+
+
+def test_new_words_that_no_caption_contains_are_told(caplog):
+    tokens = plan("[one]", "[two]", "[three]", "^dog</w>")
+    subsets = [SimpleNamespace(caption_prefix="[Three] ", caption_suffix=None)]
+    table = SimpleNamespace(captions=lambda: ["a photo of [ONE]", "a dog"])
+    tokens.check_data(SimpleNamespace(table=table, specs=[SimpleNamespace(subsets=subsets)]))
+    assert [record.getMessage() for record in caplog.records] == [
+        "--train_tokens: no caption contains [two], so nothing is learnt about it"
+    ]
+
+
+def test_rows_have_a_rate_of_their_own_if_it_is_given():
+    assert attached("[x]")[0].param_groups(0.1)[0].lr == 0.1
+    assert attached("[x]", embedding_lr=0.02)[0].param_groups(0.1)[0].lr == 0.02
+    assert attached("[x]", embedding_lr=0.0)[0].param_groups(0.1)[0].lr == 0
 
 
 def test_names_of_files_work_everywhere():
