@@ -167,6 +167,7 @@ def _preload() -> None:
     from transformers import CLIPTextModel  # noqa: F401
 
     torch.set_num_threads(1)
+    os.fsync = lambda _: None  # see tests/conftest.py
 
 
 def _status(pid: int, statuses: dict[int, int]) -> int | None:
