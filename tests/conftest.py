@@ -30,6 +30,21 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
+@pytest.fixture(autouse=True)
+def no_faults_left(monkeypatch):
+    """Fault points count from the beginning in every test, even where the one before asked for the same fault."""
+    monkeypatch.setattr("library.faults._plan", None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """Saving waits until bytes are on the disk, gigabytes over all tests; only lost power would show a difference."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(os, "fsync", lambda _: None)
+    yield
+    patch.undo()
+
+
 @pytest.fixture(scope="session")
 def one_torch_thread():
     import torch

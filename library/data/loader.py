@@ -200,9 +200,7 @@ class PlannedBatches:
                     return
                 yield packed if isinstance(packed, Batch) else packed.unpack()
         finally:
-            shut_down = getattr(iterator, "_shutdown_workers", None)
-            if shut_down is not None:
-                shut_down()
+            _end_workers(iterator)
 
 
 class PackedBatch:
@@ -270,6 +268,33 @@ def _check(workers: Sequence[Any], cause: BaseException | None = None) -> None:
     dead = [str(worker.pid) for worker in workers if worker.exitcode not in (None, 0)]
     if dead:
         raise WorkerDied(f"process {', '.join(dead)} exited unexpectedly") from cause
+
+
+def _end_workers(iterator: Any) -> None:
+    """End the workers of torch's iterator: politely, or at once where one of them is dead.
+
+    A worker that was killed may have taken a lock along that it shared with this process, that of the event which asks
+    workers to finish, for example. Torch would wait for it for ever, so the others are killed too and their queues are
+    abandoned; nobody is interested in what they still hold.
+    """
+    workers = getattr(iterator, "_workers", ())
+    if all(worker.exitcode in (None, 0) for worker in workers):
+        iterator._shutdown_workers()
+        return
+    iterator._shutdown = True
+    if hasattr(iterator, "_pin_memory_thread_done_event"):
+        iterator._pin_memory_thread_done_event.set()
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()
+    for queue in (iterator._worker_result_queue, *iterator._index_queues):
+        queue.cancel_join_thread()
+    if iterator._worker_pids_set:
+        import torch
+
+        torch._C._remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
 
 
 def prepare_worker(_worker_id: int) -> None:

@@ -216,6 +216,7 @@ def _preload() -> None:
     import library.training.run  # noqa: F401
 
     torch.set_num_threads(1)
+    os.fsync = lambda _: None  # see tests/conftest.py
 
 
 def _status(pid: int, statuses: dict[int, int]) -> int | None:

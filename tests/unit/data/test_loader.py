@@ -157,6 +157,26 @@ def test_workers_that_die_again_end_the_run(data):
                 kill_workers()
 
 
+def test_workers_that_die_with_a_shared_lock_do_not_stop_the_run(data, monkeypatch):
+    """Workers look at an event between batches; one that is killed right then never gives its lock back."""
+    looked_at = torch.multiprocessing.get_context("fork").Event
+
+    def slow(self):
+        with self._cond:
+            time.sleep(0.03)
+            return self._flag.acquire(False) and not self._flag.release()
+
+    monkeypatch.setattr(type(looked_at()), "is_set", slow)
+    length = length_of(data, 12)
+    found = []
+    for batch in planned(data, length, 2, start_method="fork").iterate(Position()):
+        found.append(content(batch))
+        if len(found) == 3:
+            time.sleep(0.01)
+            kill_workers()
+    assert found == contents(planned(data, length))
+
+
 def test_a_dead_worker_raises_only_where_batches_are_asked_for(data):
     before = signal.getsignal(signal.SIGCHLD)
     iterator = planned(data, length_of(data, 30), 2).iterate(Position())
