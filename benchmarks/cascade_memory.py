@@ -212,7 +212,9 @@ class Training:
 
     def held(self, live: Live) -> Held:
         """Make an update with all optimizer state in place, and count."""
-        weights = {id(tensor): tensor for module in self.modules() for tensor in (*module.parameters(), *module.buffers())}
+        weights = {
+            id(tensor): tensor for module in self.modules() for tensor in (*module.parameters(), *module.buffers())
+        }
         live.add(weights.values())
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
@@ -258,7 +260,13 @@ def _fused(optimizer: torch.optim.Optimizer) -> Any:
 
 
 def measure(
-    config: CascadeConfig, mode: Mode, *, batch: int = 1, side: int | None = None, text: dict[str, Any] | None = None, fake: bool = True
+    config: CascadeConfig,
+    mode: Mode,
+    *,
+    batch: int = 1,
+    side: int | None = None,
+    text: dict[str, Any] | None = None,
+    fake: bool = True,
 ) -> Held:
     """Count what an update holds; with `fake` false, of real tensors."""
     with FakeTensorMode() if fake else nullcontext(), Live() as live:
@@ -294,10 +302,17 @@ def rows(batch: int) -> list[dict[str, Any]]:
 def parts() -> list[dict[str, Any]]:
     """Return the numbers of values of everything, and its bytes in both types."""
     with torch.device("meta"):
-        modules = {f"stage {stage.upper()} {version}": CascadeUNet(config) for (stage, version), config in CONFIGS.items()}
+        modules = {
+            f"stage {stage.upper()} {version}": CascadeUNet(config) for (stage, version), config in CONFIGS.items()
+        }
         modules |= {"text encoder": make_projected_text_encoder(BIG_G), "EfficientNet": EffNetEncoder(EffNetConfig())}
     return [
-        {"part": name, "values": parameter_count(module), "float32": 4 * parameter_count(module) / GB, "bfloat16": 2 * parameter_count(module) / GB}
+        {
+            "part": name,
+            "values": parameter_count(module),
+            "float32": 4 * parameter_count(module) / GB,
+            "bfloat16": 2 * parameter_count(module) / GB,
+        }
         for name, module in modules.items()
     ]
 

@@ -70,7 +70,7 @@ class BarePass:
 def watch_training(ours: Times, bare: Times, pixels: int) -> None:
     """Measure the parts of the toolkit's updates, each followed by a bare pass, and leave out the last save."""
     from library.models.sd import StableDiffusion
-    from library.training import stepping
+    from library.training import stepper
     from library.training.loop import Loop
     from library.training.objective import DDPMObjective
     from library.training.saving import Saver
@@ -80,7 +80,7 @@ def watch_training(ours: Times, bare: Times, pixels: int) -> None:
     watch(StableDiffusion, "denoise", ours, FORWARD)
     watch(DDPMObjective, "noise", ours, NOISE)
     watch(Stepper, "backward", ours, BACKWARD)
-    watch(stepping, "gradient_norm", ours, NORM)
+    watch(stepper, "gradient_norm", ours, NORM)
     watch(Stepper, "step", ours, STEP, less=(NORM,))
     watch(Loop, "_track", ours, "curves")
     watch(Loop, "_between_updates", ours, "between updates")

@@ -119,7 +119,7 @@ def watch(owner: Any, name: str, times: Times, part: str, *, less: tuple[str, ..
 
 def watch_training(times: Times, bare: Times, pixels: int, family: Any, objective: Any, loop: Any = BareLoop) -> None:
     """Measure the parts of the toolkit's updates, each followed by a bare one, and leave out the last save."""
-    from library.training import stepping
+    from library.training import stepper
     from library.training.loop import Loop
     from library.training.saving import Saver
     from library.training.step import TrainStep
@@ -130,7 +130,7 @@ def watch_training(times: Times, bare: Times, pixels: int, family: Any, objectiv
     watch(objective, "noise", times, NOISE)
     watch(TrainStep, "forward", times, "loss", less=(FORWARD, NOISE))
     watch(Stepper, "backward", times, BACKWARD)
-    watch(stepping, "gradient_norm", times, NORM)
+    watch(stepper, "gradient_norm", times, NORM)
     watch(Stepper, "step", times, STEP, less=(NORM,))
     watch(Loop, "_track", times, "curves")
     watch(Loop, "_between_updates", times, "between updates")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,13 @@ _IMAGE_SHARE = 0.1
 
 _LISTED = ("network_weights", "controlnet_checkpoint_path", "controlnet_filter")
 """Options of which pictures may have several, and trainings one."""
+
+
+_REPLACED: Mapping[str, set[str]] = {
+    "global_batch_size": {"train_batch_size"},
+    "webdataset_path": {"train_data_dir", "in_json", "dataset_config", "dataset_class"},
+}
+"""Options of a file that others on the command line take the place of."""
 
 
 def is_yaml(name: str) -> bool:
@@ -56,13 +63,15 @@ def read(name: str, *, stage: str, offered: Collection[str], typed: Collection[s
     config = cascade_yaml.read_config(name)
     converted = cascade_yaml.to_options(config, stage=stage, own=offered, where=name)
     options = _completed(converted.options, typed)
+    raise_problems(_lacking(converted, typed, name))
+    notes = [*converted.notes, *_replaced(converted, typed, name)]
     _refuse_others(options, converted.sources, offered, name)
     values = {
         option: ConfigValue(value, f"{name}: {converted.sources.get(option) or option}")
         for option, value in options.items()
         if option in offered
     }
-    return ForeignConfig(values, converted.notes)
+    return ForeignConfig(values, tuple(notes))
 
 
 def read_for_pictures(
@@ -136,7 +145,8 @@ def _for_pictures(options: Mapping[str, Any], stage: str, offered: Collection[st
 
 def _completed(options: Mapping[str, Any], typed: Collection[str]) -> dict[str, Any]:
     """Return options with what the original trainer does besides, and without what has no ground here."""
-    found = dict(options)
+    gone = {option for option, others in _REPLACED.items() if others & set(typed)}
+    found = {option: value for option, value in options.items() if option not in gone}
     if not found.get("sample_prompts") and "sample_prompts" not in typed:
         # It draws captions of its data; here there is nothing to draw without prompts.
         found.pop("sample_every_n_steps", None)
@@ -146,6 +156,26 @@ def _completed(options: Mapping[str, Any], typed: Collection[str]) -> dict[str, 
     if found.get("image_model_checkpoint_path"):
         found = {"clip_image_cond_rate": _IMAGE_SHARE, **found}
     return found
+
+
+def _lacking(converted: cascade_yaml.Converted, typed: Collection[str], name: str) -> Iterator[Problem]:
+    """Yield that an average of the weights is asked for without its most important number."""
+    keys = [converted.sources.get(option) for option in ("ema_start_steps", "ema_every_n_steps")]
+    if any(keys) and "ema_decay" not in {*converted.options, *typed}:
+        yield Problem(f"{name}: {next(filter(None, keys))}", "needs ema_beta", "Give ema_beta: 0.9, for example.")
+
+
+def _replaced(converted: cascade_yaml.Converted, typed: Collection[str], name: str) -> Iterator[str]:
+    """Yield which keys have no effect because of what stands on the command line, where that is not plain to see."""
+    for option, others in _REPLACED.items():
+        key = converted.sources.get(option)
+        if key and others & set(typed):
+            yield f"{name}: {key}: has no effect, since --{min(others & set(typed))} is given"
+    key = converted.sources.get("network_args")
+    if key == "module_filters" and "network_args" in typed:
+        yield f"{name}: {key}: has no effect, since --network_args is given; add module_filters=... to it"
+    if converted.options.get("sample_every_n_steps") and "sample_prompts" not in {*typed, *converted.options}:
+        yield f"{name}: no sample pictures are drawn without --sample_prompts"
 
 
 def _refuse_others(options: Mapping[str, Any], sources: Mapping[str, str], offered: Collection[str], name: str) -> None:

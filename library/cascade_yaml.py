@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from datetime import date
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from library.text_files import read_text
 MAX_BYTES = 1 << 20
 SUFFIXES = (".yaml", ".yml", ".json")
 
-IMPLIED: Mapping[str, Any] = {"caption_dropout_rate": 0.05, "resume": "latest", "mixed_precision": "bf16"}
+IMPLIED: Mapping[str, Any] = {"caption_dropout_rate": 0.05, "resume": "auto", "mixed_precision": "bf16"}
 """What the original trainer does without a key for it."""
 
 Options = dict[str, Any]
@@ -70,7 +71,7 @@ def parse_yaml(text: str, where: str) -> Any:
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen = set()
             for key, _value in node.value:
-                if key.value in seen and isinstance(key, yaml.ScalarNode):
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
                     what = f"the key {key.value!r} occurs twice"
                     raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
                 seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
@@ -92,13 +93,35 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"YAML error: {reason}", where=where) from error
 
 
+def parse_json(text: str, where: str) -> Any:
+    """Parse JSON into plain values.
+
+    Raises:
+        UserError: it does not parse, or holds a key twice.
+    """
+
+    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=table)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"JSON error: {reason}", where=where) from error
+
+
 def read_config(path: str | Path) -> dict[str, Any]:
     """Return the keys of a `.yaml`, `.yml` or `.json` file.
 
     Raises:
         UserError: it cannot be read or parsed, or is no list of `key: value`.
     """
-    content = parse_yaml(read_text(path, limit=MAX_BYTES), str(path))
+    parse = parse_json if Path(path).suffix.lower() == ".json" else parse_yaml
+    content = parse(read_text(path, limit=MAX_BYTES), str(path))
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError("is not a list of key: value", "See examples/stable_cascade.", where=str(path))
     return content
@@ -162,7 +185,8 @@ def batch_per_process(global_batch: int, world_size: int, accumulation: int) -> 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise BadValue(f"expected a text, got {value!r}")
+        hint = ": put it in quotes" if isinstance(value, (int, float, date)) and not isinstance(value, bool) else ""
+        raise BadValue(f"expected a text, got {str(value)[:60]}{hint}")
     return value
 
 

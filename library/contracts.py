@@ -29,8 +29,9 @@ class FamilySpec:
     """What the data side and the option checks must know of a model family before any model is loaded.
 
     `latent_cache_sized`: names of latent caches tell the size of the image (`a_0512x0768_sd.npz`), and `a.npz`, the
-    oldest form, may hold such latents too. `text_cache_half`: outputs of text encoders that run in bfloat16 fit float16
-    and are kept in that, at half the size. `foreign_latents`: what to know of latent caches that tell no origin.
+    oldest form, may hold such latents too. `side_multiple`: what sides of pictures are multiples of without buckets, too.
+    `text_cache_half`: outputs of text encoders that run in bfloat16 fit float16 and are kept in that, at half the size.
+    `foreign_latents`: what to know of latent caches that tell no origin.
     `smallest_side`: of a picture in pixels, below which nothing would be left of it inside the model.
     """
 
@@ -41,6 +42,7 @@ class FamilySpec:
     latent_downscale: int = 8
     latent_scale: float = 0.18215
     bucket_step_multiple: int = 64
+    side_multiple: int = 1
     smallest_side: int = 8
     latent_cache_suffix: str = "_sd"
     latent_cache_sized: bool = True

@@ -22,8 +22,11 @@ _SCRIPTS = (
     "train_textual_inversion",
     "stable_cascade_train_stage_c",
     "stable_cascade_train_stage_b",
+    "stable_cascade_train_c_network",
+    "stable_cascade_train_c_control_net",
 )
-_CASCADE = ("stable_cascade_train_stage_c", "stable_cascade_train_stage_b")
+_STAGES = ("stable_cascade_train_stage_c", "stable_cascade_train_stage_b")
+_CASCADE = (*_STAGES, "stable_cascade_train_c_network", "stable_cascade_train_c_control_net")
 _NO_TEXT_CACHE = NoEffect("captions go through the text encoder in every step, since its new vectors are trained", True)
 _FEW = NoEffect(
     "the few numbers that are trained stay in float32, and all others have the type of --mixed_precision", False
@@ -45,8 +48,11 @@ _NO_VELOCITY = "Stable Cascade predicts noise, never velocity"
 
 NO_EFFECT_IN: dict[str, dict[str, NoEffect]] = {
     "fp8_base": {
-        script: NoEffect("it stores frozen weights in 8 bits, and here the weights themselves are trained", True)
-        for script in ("train_db", "fine_tune", *_CASCADE)
+        **{
+            script: NoEffect("it stores frozen weights in 8 bits, and here the weights themselves are trained", True)
+            for script in ("train_db", "fine_tune", *_STAGES)
+        },
+        "stable_cascade_train_c_control_net": NoEffect("stage C is kept in 8 bits for networks alone", True),
     },
     "lowram": _in_all("files are always mapped, and weights go straight from them to the GPU"),
     "tokenizer_cache_dir": {
@@ -57,6 +63,7 @@ NO_EFFECT_IN: dict[str, dict[str, NoEffect]] = {
     "conditioning_data_dir": {
         script: NoEffect("masks are named by the subsets of --dataset_config (key conditioning_data_dir)", False)
         for script in ("train_db", "train_network", "train_textual_inversion", *_CASCADE)
+        if script != "stable_cascade_train_c_control_net"
     },
     "vae": _in_cascade("pictures are encoded by EfficientNet and by stage A"),
     "clip_skip": _in_cascade("the models need what the last layer of the text encoder makes"),
@@ -111,6 +118,13 @@ _BY_OWNER = {
         stage_c_dropout effnet_scale""",
     "training stage B of Stable Cascade (stable_cascade_train_stage_b.py)": """
         stage_b_checkpoint_path stage_a_checkpoint_path effnet_dropout_rate""",
+    "networks and their words for Stable Cascade (stable_cascade_train_c_network.py)": """
+        train_tokens train_tokens_init train_tokens_limit embedding_lr""",
+    "ControlNets for Stable Cascade (stable_cascade_train_c_control_net.py)": """
+        controlnet_filter controlnet_filter_params controlnet_blocks controlnet_bottleneck_mode
+        controlnet_checkpoint_path controlnet_backbone_path""",
+    "training Stable Diffusion; for Stable Cascade, --stage_c_checkpoint_path or --stage_b_checkpoint_path is the model": """
+        pretrained_model_name_or_path v2 v_parameterization""",
     "training of other model families": """
         clip_l clip_g t5xxl t5xxl_device t5xxl_dtype t5xxl_max_token_length ae save_clip save_t5xxl apply_t5_attn_mask
         apply_lg_attn_mask pos_emb_random_crop_rate enable_scaled_pos_embed clip_l_dropout_rate clip_g_dropout_rate

@@ -14,12 +14,12 @@ STAGE = replace(TINY_C, blocks_down=(1, 2), blocks_up=(2, 1))
 
 
 def control_words(files: CascadeFiles, photos: Path, out: Path, *more: object) -> list[str]:
-    """Return the command line of a small run."""
+    """Return the command line of a small run on a tree of photographs, or a folder of tar files."""
     return [
         f"--stage_c_checkpoint_path={files.stage_c}",
         f"--effnet_checkpoint_path={files.effnet}",
         f"--text_model_checkpoint_path={files.text}",
-        f"--train_data_dir={photos}",
+        f"--{'webdataset_path' if any(photos.glob('*.tar')) else 'train_data_dir'}={photos}",
         f"--output_dir={out}",
         "--output_name=net",
         "--controlnet_filter=canny",

@@ -39,7 +39,7 @@ TRAINING = (
 """What makes a training small."""
 
 CASCADE_DRAWING = ("--W=128", "--H=128", "--steps=2", "--steps_b=2")
-CASCADE_TRAINING = ("--max_train_steps=1", "--gradient_accumulation_steps=1", "--global_batch_size=2")
+CASCADE_TRAINING = ("--max_train_steps=1", "--gradient_accumulation_steps=1")
 CASCADE_DATA = ("--resolution=128", "--max_data_loader_n_workers=0")
 """What makes drawing with Stable Cascade, and training it, small."""
 
@@ -135,7 +135,8 @@ def cascade_size(line: str) -> tuple[str, ...]:
         return ()
     own_shapes = "--multi_aspect_ratio" in line or ".yaml" in line
     buckets = () if own_shapes else ("--min_bucket_reso=64", "--bucket_reso_steps=32")
-    training = CASCADE_TRAINING if "_train_" in line else ()
+    batch = "--global_batch_size=2" if ".yaml" in line else "--train_batch_size=2"
+    training = (*CASCADE_TRAINING, batch) if "_train_" in line else ()
     samples = ("--sample_every_n_steps=1",) if "--sample_prompts" in line else ()
     return (*CASCADE_DATA, *buckets, *training, *samples)
 

@@ -5,14 +5,15 @@ python tools/convert_stable_cascade.py stable-cascade-prior official_files --to 
 python tools/convert_stable_cascade.py stable-cascade/decoder stage_b.safetensors --to official
 
 A source with several parts makes a folder with all of them, or one file or folder of the part that --part names.
-Nothing is calculated, so converting there and back gives the same bits.
+A folder with all that a pipeline of diffusers needs becomes one: stage C with a text encoder, or stages B and A with
+one. Nothing is calculated, so converting there and back gives the same bits.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,7 +115,24 @@ def convert(options: ConvertOptions) -> list[Path]:
             path = save_part(path, part, loaded.tensors, loaded.config, settings)
         _log.info("wrote %s: %s", safe_text(path), part)
         written.append(path)
+    if options.layout == DIFFUSERS:
+        _complete(Path(options.dst), parts)
     return written
+
+
+def _complete(folder: Path, parts: Sequence[Any]) -> None:
+    """Make a pipeline of the parts in a folder, also where they came one after the other."""
+    from library.checkpoints.cascade_pipeline import complete_pipeline
+    from library.checkpoints.save_cascade import COMPONENTS
+
+    if len(parts) == 1:
+        if folder.absolute().name != COMPONENTS[parts[0]]:
+            return
+        folder = folder.absolute().parent
+    if complete_pipeline(folder):
+        _log.info("%s is a pipeline of diffusers", safe_text(folder))
+    elif {"stage_c", "stage_b"} <= set(parts):
+        _log.warning("diffusers draws with stages C and B by two pipelines: it needs them in folders of their own")
 
 
 def _wanted(options: ConvertOptions) -> list[Any]:

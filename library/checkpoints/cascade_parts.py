@@ -20,6 +20,8 @@ CONTROL_BLOCKS_KEY = "stable_cascade.controlnet_blocks"
 CONTROL_MODE_KEY = "stable_cascade.controlnet_bottleneck_mode"
 CONTROL_FILTER_KEY = "stable_cascade.controlnet_filter"
 CONTROL_PARAMS_KEY = "stable_cascade.controlnet_filter_params"
+STAGE_A_SCALE = 0.43
+"""Latents of stage A are divided by it after encoding. Diffusers' class has another default, that of Würstchen v2."""
 _DEFAULT_BLOCKS = (0, 4, 8, 12)
 _REFERENCE_BLOCKS = 64
 _MAX_LAYERS = 64

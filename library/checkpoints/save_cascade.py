@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 from library.checkpoints import cascade_configs
 from library.checkpoints import key_maps_cascade as keys
 from library.checkpoints.cascade_configs import CascadeConfig
-from library.checkpoints.cascade_parts import ControlNetConfig, StageAConfig, control_net_metadata
+from library.checkpoints.cascade_parts import (
+    STAGE_A_SCALE,
+    ControlNetConfig,
+    StageAConfig,
+    control_net_metadata,
+)
 from library.checkpoints.ckpt_writer import write_ckpt
 from library.checkpoints.folders import as_json
 from library.checkpoints.key_maps_cascade import Layout, Part, Table
@@ -27,7 +32,6 @@ if TYPE_CHECKING:
 Tensors = Mapping[str, "Tensor"]
 FileTensors = dict[str, "Tensor | LazyTensor"]
 
-_STAGE_A_SCALE = 0.43
 _TRANSFORMERS: Mapping[Part, str] = {
     "text": "CLIPTextModelWithProjection",
     "vision": "CLIPVisionModelWithProjection",
@@ -143,7 +147,7 @@ def _component_config(part: Part, config: Any) -> dict[str, Any]:
             "num_vq_embeddings": config.codebook,
             "up_down_scale_factor": config.patch,
             # The class itself has the scale of Würstchen v2 as its default.
-            "scale_factor": _STAGE_A_SCALE,
+            "scale_factor": STAGE_A_SCALE,
         }
     if part not in _TRANSFORMERS:
         raise ValueError(f"diffusers has no class for {part}")

@@ -15,6 +15,7 @@ from typing import Any
 from library.contracts import Placement
 from library.data.dataset_spec import DatasetSpec
 from library.errors import Problem
+from library.randomness import derive, uniform
 
 Size = tuple[int, int]
 
@@ -100,6 +101,17 @@ def bucket_notes(spec: DatasetSpec) -> Iterator[str]:
         yield f"max_bucket_reso {spec.max_bucket_reso} is not a multiple of {step}: rounded up to {high}"
     if spec.bucket_no_upscale:
         yield "bucket_no_upscale: buckets follow the sizes of the images; min and max_bucket_reso are ignored"
+
+
+def random_bucket(spec: DatasetSpec, key: str) -> Size | None:
+    """Return the bucket of any aspect ratio that an image goes to (`bucket_random_ratio`), None for its own.
+
+    It follows from the name of the image, so that caches stay valid.
+    """
+    sizes = spec.bucket_sizes
+    if not sizes or uniform(0, "random_bucket", key) >= spec.bucket_random_ratio:
+        return None
+    return sizes[derive(0, "random_bucket", key, "size") % len(sizes)]
 
 
 class BucketChooser:

@@ -19,7 +19,7 @@ from library.data.dataset_spec import CONTROLNET, DREAMBOOTH, FINETUNING, Datase
 from library.data.folder_tree import read_folder_tree
 from library.data.options import DatasetOptions, SubsetOptions
 from library.data.spec_checks import path_problems
-from library.data.spec_sizes import as_trained, step_as_given, with_bucket_sizes
+from library.data.spec_sizes import as_trained, side_problems, step_as_given, with_bucket_sizes
 from library.errors import Problem, raise_problems
 from library.option_values import nearest, resolution_wh
 
@@ -68,6 +68,7 @@ def load_dataset_specs(
     bucket_step_multiple: int,
     in_json: str | None = None,
     caption_dropout: bool = True,
+    side_multiple: int = 1,
 ) -> tuple[DatasetSpec, ...]:
     """Return the data sets of a run.
 
@@ -78,6 +79,7 @@ def load_dataset_specs(
         bucket_step_multiple: Sides of trained pictures must be multiples of this when buckets are on.
         in_json: Metadata file named on the command line, in scripts that have `--in_json`.
         caption_dropout: Whether the script has caption dropout at all.
+        side_multiple: The same without buckets.
 
     Raises:
         UserError: Holds every problem of the configuration.
@@ -93,6 +95,7 @@ def load_dataset_specs(
     specs = [with_bucket_sizes(spec, bucket_step_multiple, share) for spec in built]
     for spec, dataset in zip(specs, source.datasets, strict=True):
         problems.extend(bucket_problems(spec, dataset.where, step_as_given(bucket_step_multiple, share)))
+        problems.extend(side_problems(spec, dataset.where, step_as_given(side_multiple, share)))
     raise_problems(problems)
     for spec in specs:
         for note in bucket_notes(spec):

@@ -15,6 +15,7 @@ from typing import Any
 
 from library.data.expressions import Expression, Rejected
 from library.errors import Problem, UserError, raise_problems
+from library.option_values import nearest
 
 JSON_FIELD = "json"
 _WEIGHTED = re.compile(r"\s*([^\s:,()]+)\s*(?::\s*([0-9.]+)\s*)?")
@@ -133,6 +134,10 @@ class CaptionGetter:
             raise UserError(f"expected a text, got {type(getter).__name__}", _GETTERS, where=where)
         if getter.startswith("json:"):
             self.field, self._paths = JSON_FIELD, ((_path(getter[5:], where), 1.0),)
+        elif getter.isidentifier() and getter != "x":
+            # A bare name would be an expression that changes nothing: it is meant as the name of a getter.
+            near = nearest(getter, ("identity",), cutoff=0.6)
+            raise UserError(f"there is no getter {getter!r}", f"Did you mean {near}?" if near else _GETTERS, where=where)
         elif getter.startswith("alt(") and getter.endswith(")"):
             self._paths = tuple(_weighted(part, where) for part in getter[4:-1].split(","))
         else:

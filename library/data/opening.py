@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import cast
 
 from library.contracts import FamilySpec, Placement, Tokenizer
-from library.data.buckets import UnusableSize
+from library.data.buckets import UnusableSize, random_bucket
 from library.data.dataset import TrainingData
 from library.data.dataset_config import load_dataset_specs
 from library.data.dataset_spec import DatasetSpec
@@ -22,7 +22,6 @@ from library.data.serving import Catalogue, Placements, Reading
 from library.data.spec_checks import cache_problems, mask_problems, size_problems, warn_of_unused_caches
 from library.data.summary import describe
 from library.errors import Problem, raise_problems
-from library.randomness import derive, uniform
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +60,12 @@ def open_data(
         if data.resolution:
             _log.info("no --resolution: %s, the largest bucket of --in_json", data.resolution.replace(",", "x"))
     specs = load_dataset_specs(
-        data, subset, kinds=kinds, bucket_step_multiple=spec.bucket_step_multiple, in_json=data.in_json
+        data,
+        subset,
+        kinds=kinds,
+        bucket_step_multiple=spec.bucket_step_multiple,
+        in_json=data.in_json,
+        side_multiple=spec.side_multiple,
     )
     raise_problems(size_problems(specs, spec.smallest_side, data.dataset_config))
     if data.webdataset_streaming:
@@ -127,11 +131,10 @@ def _varied(found: ScanResult, placements: Placements, specs: Sequence[DatasetSp
         return placements
     table, varied = found.table, [placements[row] for row in range(len(placements))]
     for row, (key, dataset) in enumerate(zip(table.keys(), table.datasets.tolist(), strict=True)):
-        sizes, chooser = specs[dataset].bucket_sizes, found.choosers[dataset]
-        if sizes and uniform(0, "random_bucket", key) < specs[dataset].bucket_random_ratio:
-            size = sizes[derive(0, "random_bucket", key, "size") % len(sizes)]
+        bucket = random_bucket(specs[dataset], key)
+        if bucket is not None:
             with suppress(UnusableSize):
-                varied[row] = chooser.place_in(table.size_wh(row), size)
+                varied[row] = found.choosers[dataset].place_in(table.size_wh(row), bucket)
     return Placements.of(varied)
 
 

@@ -18,6 +18,7 @@ from library.errors import Problem, UserError
 from library.option_values import BadValue
 
 _PLAIN = re.compile(r"[^\s,:\[\]\"'][^,:\"']*")
+_FIELD = re.compile(r"[\w.-]+")
 _MOST_REASONS = 5
 
 
@@ -86,6 +87,10 @@ def caption_field_value(value: Any) -> tuple[str, ...]:
         raise BadValue(f"expected a field and perhaps a getter, got {value!r}")
     if len(items) == 1:
         (one,) = items
+        if one.startswith("alt(") and not one.endswith(")"):
+            raise BadValue(f"{one!r} has no closing bracket: write alt(key:0.95,key:0.05)")
+        if not _FIELD.fullmatch(one) and not one.startswith(("json:", "alt(")):
+            raise BadValue(f"{one!r} is no field such as txt, and neither json:key nor alt(key:0.95,key:0.05)")
         return (JSON_FIELD, one) if one.startswith(("json:", "alt(")) else (one, "identity")
     return tuple(items)
 

@@ -83,6 +83,7 @@ class _Columns:
     bad: list[BadFile] = field(default_factory=list)
     without_caption: list[str] = field(default_factory=list)
     without_picture: list[str] = field(default_factory=list)
+    harmful: list[str] = field(default_factory=list)
 
 
 def rows_of_shards(
@@ -149,6 +150,7 @@ def _note_members(index: ShardIndex, columns: _Columns, notes: ScanNotes) -> Non
         kept = [kind for kind in kinds if index.skipped.get(kind)]
         examples = shown.get(what, [f"{index.shard}: {', '.join(sorted(kept))}"])
         notes.add(what, sum(index.skipped[kind] for kind in kept), examples)
+        columns.harmful += examples if what == "harmful" and kept else []
     hidden = sum(index.skipped.get(kind, 0) for kind in BAD) - sum(kind in BAD for kind in index.kinds)
     if hidden > 0:
         columns.bad.append(BadFile(index.shard, f"{hidden} more members cannot be used"))
@@ -206,6 +208,8 @@ def _judge_selection(subset: SubsetSpec, columns: _Columns, selection: Selection
     if not columns.names and not columns.bad:
         hint = "A sample is 0001.jpg, 0001.txt and perhaps 0001.json; other kinds of pictures: png, webp, bmp, avif."
         what = f"no pictures in these tar files, {len(columns.without_picture)} samples without one"
+        if columns.harmful:
+            what += f"; entries that could do harm are passed over, such as {columns.harmful[0]}"
         raise UserError(what, hint, where=label)
     if columns.names and len(columns.without_caption) == len(columns.names) and subset.class_tokens is None:
         field_name = subset.caption_field[1] if subset.caption_field else "txt"

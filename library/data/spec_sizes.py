@@ -7,12 +7,14 @@ They differ where a model's encoder looks at pictures in another size than that 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 
 from library.data.aspect_list import aspect_sizes
 from library.data.buckets import adjusted_limits
 from library.data.dataset_spec import DatasetSpec
+from library.errors import Problem
 
 
 def step_as_given(multiple: int, share: Fraction) -> int:
@@ -23,6 +25,19 @@ def step_as_given(multiple: int, share: Fraction) -> int:
     """
     whole = multiple * share.denominator
     return whole // math.gcd(whole, share.numerator)
+
+
+def side_problems(spec: DatasetSpec, where: str, multiple: int) -> Iterator[Problem]:
+    """Yield why pictures of a data set without buckets cannot be trained on in its resolution."""
+    if spec.enable_bucket or all(side % multiple == 0 for side in spec.resolution_wh):
+        return
+    given = "x".join(map(str, spec.resolution_wh))
+    nearest = ",".join(str(max(1, round(side / multiple)) * multiple) for side in spec.resolution_wh)
+    yield Problem(
+        where,
+        f"the sides of the resolution {given} must be multiples of {multiple}",
+        f"Use {nearest}, or enable_bucket.",
+    )
 
 
 def with_bucket_sizes(spec: DatasetSpec, step: int, share: Fraction) -> DatasetSpec:

@@ -46,8 +46,7 @@ class StreamedBatches(PlannedBatches):
             what = f"{shards} tar files cannot be shared out to {world} processes"
             hint = f"Make {world} or more of it, train without it, or add --webdataset_resampled."
             raise UserError(what, hint, where="--webdataset_streaming")
-        # Every loader process needs a tar file of its own.
-        self.workers = min(self.workers, shards // world)
+        self.workers = data.lanes(self.workers, world)
 
     def _dataset(self) -> StreamDataset:
         length, data = self._length, self._streamed

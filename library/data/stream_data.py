@@ -81,6 +81,10 @@ class StreamedData:
         in_epoch = (length.updates_per_epoch - 1) * length.accumulation + last
         return position.epoch * in_epoch + position.update_in_epoch * length.accumulation
 
+    def lanes(self, workers: int, world_size: int) -> int:
+        """Return how many of a rank's `workers` have work: every loader process needs a tar file of its own."""
+        return workers if self.settings.resampled else min(workers, len(self.settings.shards) // world_size)
+
     def counts(self) -> dict[str, int]:
         """Return how many images and batches an epoch has."""
         return {
@@ -171,8 +175,6 @@ def _problems(
         yield Problem("validation_split", "needs samples that are known beforehand", f"Drop it or {_OPTION}.")
     if any(subset.is_reg for subset in subsets):
         yield Problem("is_reg", "regularization images stand beside others, which are missing", "Remove it.")
-    if any(spec.bucket_random_ratio for spec in specs):
-        yield Problem("bucket_random_ratio", "has no effect on streamed tar files", f"Drop it or {_OPTION}.")
     if data.debug_dataset:
         yield Problem("--debug_dataset", "needs samples that are known beforehand", f"Drop {_OPTION} for the report.")
     if run_batches is None and data.webdataset_epoch_size is None:

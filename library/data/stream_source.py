@@ -14,6 +14,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -23,13 +24,13 @@ import numpy as np
 
 from library.contracts import Placement
 from library.data.bad_files import BadFile, printable
-from library.data.buckets import BucketChooser, UnusableSize
+from library.data.buckets import BucketChooser, UnusableSize, random_bucket
 from library.data.dataset_spec import DatasetSpec, SubsetSpec
 from library.data.image_headers import ReadAt
 from library.data.remote_files import read_ahead, remote_facts
 from library.data.selection import Selection
 from library.data.shard_copies import shard_copy
-from library.data.shard_scan import judged
+from library.data.shard_scan import judged, shard_key
 from library.data.storage import Locator, is_remote, reader_of
 from library.data.subset_rows import upright
 from library.data.tar_headers import NotATar, TarWalk
@@ -272,11 +273,23 @@ class SlotStream:
                 _log.warning("%s: %s has no caption: it and others like it get an empty one", shard, printable(key))
         widths, heights, _ = upright(np.array([used.header], np.int32), self._settings.exif)
         try:
-            placement = self._chooser.place((int(widths[0]), int(heights[0])))
+            placement = self._place(picture, (int(widths[0]), int(heights[0])))
         except UnusableSize as error:
             self.why = f"{picture.shard}: {picture.member}: {error}"
             return "too small or too long for any bucket"
         return StreamedSample(picture, data, used.header, caption, placement)
+
+    def _place(self, picture: Locator, size_wh: tuple[int, int]) -> Placement:
+        """Return resize and crop into the bucket of a picture.
+
+        Raises:
+            UnusableSize: no bucket can take it.
+        """
+        bucket = random_bucket(self._spec, f"{shard_key(picture.shard)}/{picture.member}")
+        if bucket is not None:
+            with suppress(UnusableSize):
+                return self._chooser.place_in(size_wh, bucket)
+        return self._chooser.place(size_wh)
 
 
 def _with_end(items: Iterator[Any]) -> Iterator[tuple[Any, bool]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from library import files
 from library.data.dataset_file import parse_json
 from library.data.images import BadImage, image_header
-from library.data.storage import MAX_MEMBER_BYTES, MAX_TEXT_BYTES, reader_of
+from library.data.storage import MAX_MEMBER_BYTES, MAX_TEXT_BYTES, forget_open, reader_of
 from library.data.tar_headers import BLOCK, NotATar, TarWalk
 from library.errors import UserError
 from library.text_files import read_text
@@ -136,13 +136,16 @@ def plan_shards(
 
 
 def write_shard(path: Path, samples: Iterable[PackedSample]) -> None:
-    """Write a tar file that depends on names and contents alone: no times, no owners.
+    """Write a tar file that depends on names and contents alone (no times, no owners), and look at what it holds.
 
     Raises:
         UserError: a file changed since it was looked at.
-        CannotSave: the tar file could not be written.
+        CannotSave: the tar file could not be written, or does not hold what was written.
     """
+    samples = list(samples)
     files.write_bytes(path, _pieces(samples))
+    if not holds(path, samples):
+        raise files.CannotSave(f"{path} does not hold what was written into it. Is the disk all right?", path)
 
 
 def _pieces(samples: Iterable[PackedSample]) -> Iterator[bytes]:
@@ -170,12 +173,21 @@ def _pieces(samples: Iterable[PackedSample]) -> Iterator[bytes]:
 
 def is_written(path: Path, samples: Iterable[PackedSample]) -> bool:
     """Tell whether a tar file holds exactly these samples, and is not older than any of their files."""
-    wanted = [file for sample in samples for file in sample.files]
+    samples = list(samples)
     try:
-        info = path.stat()
-        if any(file.mtime_ns > info.st_mtime_ns for file in wanted):
-            return False
-        walk = TarWalk(reader_of(str(path)), info.st_size)
+        changed = path.stat().st_mtime_ns
+    except OSError:
+        return False
+    newer = any(file.mtime_ns > changed for sample in samples for file in sample.files)
+    return not newer and holds(path, samples)
+
+
+def holds(path: Path, samples: Iterable[PackedSample]) -> bool:
+    """Tell whether a tar file holds exactly these samples, by names and sizes, and is whole."""
+    wanted = [file for sample in samples for file in sample.files]
+    forget_open(str(path))
+    try:
+        walk = TarWalk(reader_of(str(path)), path.stat().st_size)
         members = [(member.name, member.size) for member in walk]
     except (OSError, NotATar):
         return False

@@ -20,6 +20,7 @@ from library.inference.picture_inputs import opened
 from library.inference.prompt_options import CASCADE_SAMPLES
 from library.inference.prompt_text import PromptEncoder
 from library.inference.rendering import kept, on_device
+from library.models.cascade.specs import ENCODED_SHARE
 from library.models.cascade.stage_b import smaller_size
 
 if TYPE_CHECKING:
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 
     from library.inference.prompts import PromptRequest
     from library.models.cascade.stage_b import StageB
-
-_SHARE = 0.75
-"""Of the size of a picture, what EfficientNet sees of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +49,7 @@ class ReconstructionRenderer:
     """What prompts of sample pictures leave open."""
     sample_place = CASCADE_SAMPLES
     """The options that they may have."""
-    reads_guides = True
+    reads_guides = needs_guides = True
 
     def __init__(self, family: StageB, *, autocast: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         """Create the renderer; nothing is moved or loaded yet."""
@@ -94,6 +92,6 @@ def _pixels(request: PromptRequest) -> Tensor:
     if not request.controlnet_image:
         hint = "Name a picture that stage B makes again: --cn photo.jpg."
         raise UserError("stage B alone makes no picture of a prompt", hint, where=request.where)
-    height, width = smaller_size((request.height, request.width), _SHARE)
+    height, width = smaller_size((request.height, request.width), ENCODED_SHARE)
     picture = opened(Path(request.controlnet_image)).resize((width, height), Resampling.LANCZOS)
-    return torch.from_numpy(np.asarray(picture)).permute(2, 0, 1)[None].float() / 255
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255

@@ -14,6 +14,8 @@ import torch
 
 from library.checkpoints.hashes import legacy_hash
 from library.contracts import Position, RunLength
+from library.data.loader import worker_count
+from library.data.stream_data import StreamedData
 from library.errors import UserError
 from library.option_groups import resume_fingerprint
 from library.training.ranks import Ranks
@@ -55,7 +57,8 @@ def find_beginning(opts: TrainingOptions, data: TrainingData, device: torch.devi
         for line in length_report(length, samples_per_epoch=data.num_train_images + data.num_reg_images):
             logger.info("%s", line)
     training = f"{opts.tracker_name} ({data.family.name})"
-    identity = Identity(resume_fingerprint(opts), data.fingerprint(), _base_model(opts), _environment(device), training)
+    environment = {**_environment(device), **_streaming(opts, data, ranks)}
+    identity = Identity(resume_fingerprint(opts), data.fingerprint(), _base_model(opts), environment, training)
     stored = _stored(opts, ranks)
     named = named_position(opts.start_options(), length)
     if stored is None:
@@ -140,6 +143,13 @@ def _folder_mark(folder: Path) -> str:
         if path.suffix in (".safetensors", ".bin") and path.is_file():
             digest.update(f"{path.relative_to(folder).as_posix()}:{path.stat().st_size}:{legacy_hash(path)};".encode())
     return digest.hexdigest()[:8]
+
+
+def _streaming(opts: TrainingOptions, data: TrainingData, ranks: Ranks) -> dict[str, Any]:
+    """Return what else decides which batches come next where tar files are streamed."""
+    if not isinstance(data, StreamedData):
+        return {}
+    return {"loader processes": data.lanes(worker_count(opts.loader, cached=False), ranks.world)}
 
 
 def _environment(device: torch.device) -> dict[str, Any]:

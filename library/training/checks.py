@@ -53,7 +53,8 @@ def check_sources(options: TrainingOptions) -> Iterator[Problem]:
 def warn_training(options: TrainingOptions) -> Iterator[Problem]:
     """Yield what is probably not meant."""
     model, text, length, save = options.model, options.text, options.length, options.save
-    if options.noise.zero_terminal_snr and not model.v_parameterization:
+    velocity = options.options().get("v_parameterization")
+    if options.noise.zero_terminal_snr and not model.v_parameterization and velocity and velocity.offered:
         yield Problem("--zero_terminal_snr", "is meant for models trained with --v_parameterization")
     if model.v2 and text.clip_skip is not None:
         yield Problem("--clip_skip", "is unusual with --v2, whose text encoder ends one layer early already")
@@ -131,7 +132,7 @@ def _paths(options: TrainingOptions) -> Iterator[Problem]:
         return
     yield from must_exist("--log_tracker_config", options.log.log_tracker_config)
     missing = list(must_exist("--sample_prompts", options.sample.sample_prompts))
-    yield from missing or sampling_problems(options.sample)
+    yield from missing or sampling_problems(options.sample, options.sample_place)
     thumbnail = options.metadata.metadata_thumbnail
     if thumbnail and not thumbnail.startswith("data:"):
         yield from must_exist("--metadata_thumbnail", thumbnail)

@@ -121,9 +121,9 @@ class Loop:
         training.stepper.zero_grad()
         training.lr_schedule.step()
         training.objective.after_update(self.run.sum)
+        training.method.after_update(self.position.step)
         if training.average is not None:
             training.average.update(self.position.step + 1, outcome.skipped)
-        training.method.after_update(self.position.step)
         in_update = training.length.batches_in_update(self.position.update_in_epoch)
         self.position = self.position.advance(training.length)
         self.half_way = False

@@ -12,6 +12,7 @@ from library.data.options import CacheOptions, DatasetOptions, LoaderOptions, Su
 from library.errors import Problem
 from library.models.options import MemoryOptions, ModelOptions, TextOptions
 from library.option_groups import OptionGroup, OptionSet, opt
+from library.inference.prompt_options import TRAINING_SAMPLES, Place
 from library.option_parser import ConfigOptions
 from library.training.fsdp_checks import launcher_problems
 from library.training.options_ema import EmaOptions
@@ -314,6 +315,8 @@ class TrainingOptions(OptionSet):
 
     tracker_name: ClassVar[str] = "dreambooth"
     """Name of the curves without `--log_tracker_name`."""
+    sample_place: ClassVar[Place] = TRAINING_SAMPLES
+    """The options that prompts of sample pictures may have."""
 
     def validation_options(self) -> ValidationOptions:
         """Return when the validation loss is measured: after every epoch, in scripts without options for it."""

@@ -12,6 +12,7 @@ from library import cascade_config
 from library.cascade_yaml import batch_per_process
 from library.data.spec_sizes import step_as_given
 from library.errors import Problem
+from library.inference.prompt_options import CASCADE_SAMPLES, Place
 from library.models.cascade.options import (
     CascadeModelOptions,
     CascadeTextOptions,
@@ -19,7 +20,7 @@ from library.models.cascade.options import (
     StageCModelOptions,
 )
 from library.models.cascade.specs import STAGE_C
-from library.option_groups import OptionGroup, opt
+from library.option_groups import COMMAND_LINE, OptionGroup, opt
 from library.training.fsdp_checks import fsdp_problems, fsdp_warnings
 from library.training.options import TrainingOptions
 from library.training.options_cascade_run import (
@@ -123,6 +124,7 @@ class CascadeTrainingOptions(
     ema: EmaOptions = field(default_factory=EmaOptions)
 
     tracker_name: ClassVar[str] = "stable_cascade"
+    sample_place: ClassVar[Place] = CASCADE_SAMPLES
     stage: ClassVar[str] = "c"
     """Whose weights `generator_checkpoint_path` of a YAML file names."""
 
@@ -158,6 +160,8 @@ class CascadeTrainingOptions(
         yield from super().check_together()
         if self.ema.ema_decay is not None:
             yield from self._check_average()
+        if self.given.get("train_batch_size") == self.given.get("global_batch_size") == COMMAND_LINE:
+            yield Problem("--global_batch_size", "cannot be combined with --train_batch_size", "Drop one of them.")
 
     def _check_average(self) -> Iterator[Problem]:
         if self.distributed.deepspeed:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from library.config_file import ConfigValue, ForeignConfig
 from library.errors import Problem
+from library.models.cascade.options import TrainedStageCModelOptions
 from library.training.options_cascade import FROZEN_DROPOUT, StageCOptions
 from library.training.options_network import FROZEN_FLOAT8, NetworkTrainingOptions
 from library.training.options_tokens import TokenOptions
@@ -29,6 +30,7 @@ class StageCNetworkOptions(
 ):
     """Everything that the script that trains networks on stage C accepts."""
 
+    model: TrainedStageCModelOptions = field(default_factory=TrainedStageCModelOptions)
     tokens: TokenOptions = field(default_factory=TokenOptions)
 
     tracker_name: ClassVar[str] = "network_train"
@@ -61,8 +63,6 @@ class StageCNetworkOptions(
     def check_together(self) -> Iterator[Problem]:
         """Yield what is wrong between groups."""
         yield from super().check_together()
-        if not self.data.debug_dataset and not self.model.stage_path:
-            yield Problem("--stage_c_checkpoint_path", "is required: a network belongs to a trained model")
         if self.distributed.sharing:
             what = "shares a stage that trains as a whole, and each process needs the one that a network is attached to"
             yield Problem(self.distributed.sharing, what, "Leave it (use_fsdp) out.")

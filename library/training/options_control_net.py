@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from library.errors import Problem
 from library.models.cascade.control_choice import FILTER, filter_params, filter_problems, is_folder_filter, is_own
+from library.models.cascade.options import TrainedStageCModelOptions
 from library.option_groups import COMMAND_LINE, OptionGroup, opt
 from library.training.checks import must_exist
 from library.training.options_cascade import FROZEN_DROPOUT, StageCOptions
@@ -97,6 +98,7 @@ class ControlNetTrainingOptions(
 ):
     """Everything that the script that trains ControlNets for stage C accepts."""
 
+    model: TrainedStageCModelOptions = field(default_factory=TrainedStageCModelOptions)
     control_net: ControlNetOptions = field(default_factory=ControlNetOptions)
 
     tracker_name: ClassVar[str] = "stable_cascade_control_net"
@@ -113,8 +115,8 @@ class ControlNetTrainingOptions(
         if name and is_own(name) and self.given.get("controlnet_filter") != COMMAND_LINE:
             # Files are downloaded, and would run code that nobody asked for.
             yield Problem(FILTER, f"{name!r} is code of your own, which files may not name", "Give it by typing it.")
-        if not self.model.stage_path:
-            yield Problem("--stage_c_checkpoint_path", "is required: a ControlNet steers a trained model")
+        if self.optimizer.learning_rate == 0:
+            yield Problem("--learning_rate", "0 trains nothing")
         if self.control_net.cache_conditions_to_disk and self.data.webdataset_streaming:
             yield Problem("--cache_conditions_to_disk", "cannot be combined with --webdataset_streaming")
         if self.data.dataset_class is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from library import files
 from library.errors import Problem, UserError
-from library.inference.prompt_options import TRAINING_SAMPLES
+from library.inference.prompt_options import TRAINING_SAMPLES, Place
 from library.inference.prompts import PromptRequest, load_prompts, read_prompts
 from library.randomness import derive
 
@@ -62,11 +62,11 @@ class Process:
     world_size: int = 1
 
 
-def sampling_problems(options: SampleOptions) -> tuple[Problem, ...]:
+def sampling_problems(options: SampleOptions, place: Place = TRAINING_SAMPLES) -> tuple[Problem, ...]:
     """Return what is wrong with the prompt file as a whole, for the checks before anything is loaded."""
     try:
         if _wanted(options):
-            read_prompts(options.sample_prompts or "")
+            read_prompts(options.sample_prompts or "", place=place)
     except UserError as error:
         return error.problems
     return ()
@@ -123,6 +123,11 @@ class SampleImages:
                 place=getattr(renderer, "sample_place", TRAINING_SAMPLES),
                 strict=False,
             )
+        if getattr(renderer, "needs_guides", False):
+            for prompt in self.prompts:
+                if not prompt.controlnet_image:
+                    logger.warning("%s: left out: it names no picture to make again (--cn photo.jpg)", prompt.where)
+            self.prompts = [prompt for prompt in self.prompts if prompt.controlnet_image]
         for prompt in self.prompts:
             if prompt.controlnet_image and not getattr(renderer, "reads_guides", False):
                 logger.warning("%s: --cn has no effect, this model has no ControlNet", prompt.where)

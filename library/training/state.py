@@ -293,9 +293,10 @@ def _load_rest(stored: StoredState, parts: StateParts) -> None:
     if parts.scaler is not None and stored.info.exact and not content.has(SCALER):
         raise UserError("holds no loss scaler", "It was not saved with --mixed_precision fp16", where=str(folder))
     if parts.ema is not None:
-        if not content.has(EMA_WEIGHTS):
-            raise UserError("holds no averaged weights (EMA)", "Switch EMA off or start anew", where=str(folder))
-        parts.ema.restore(content.tensors(EMA_WEIGHTS), content.json(EMA_NUMBERS))
+        if content.has(EMA_WEIGHTS):
+            parts.ema.restore(content.tensors(EMA_WEIGHTS), content.json(EMA_NUMBERS))
+        else:
+            _log.warning("%s holds no averaged weights (EMA): the average begins with the weights", folder)
 
 
 def _generators(step: int) -> bytes:

@@ -18,6 +18,7 @@ OPTIONS = stable_cascade_gen_img.Options.options()
 DECLARATIONS = {"options.py", "options_pictures.py", "option_set.py", "options_cascade.py"}
 # Those that ask for what always happens, and one that is only handed on.
 HONOURED = {"sdpa", "xformers", "no_preview", "prompter_module_args", "fp16", "tokenizer_cache_dir"}
+HONOURED |= {"config_file", "config_file_b", "output_config", "strict_args"}  # by what reads options
 
 
 def test_same_options_as_golden():

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from library.option_parser import parse
+from library.retired import NO_EFFECT_IN
 from tests.conftest import ROOT
 
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "stable_cascade_options.json").read_text(encoding="utf-8"))
@@ -37,6 +38,21 @@ def test_every_option_is_there_with_its_default(script):
         found = offered[name].default
         if default not in (None, []) or found not in EMPTY:
             assert (list(found) if isinstance(found, tuple) else found) == default, name
+
+
+TRAININGS = [f"stable_cascade_train_{name}" for name in ("stage_c", "stage_b", "c_network", "c_control_net")]
+IGNORED_BY_SD_SCRIPTS = (
+    *("clip_skip", "mem_eff_attn", "sample_sampler", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss"),
+    *("vae", "xformers", "zero_terminal_snr"),
+)
+
+
+@pytest.mark.parametrize("script", TRAININGS)
+def test_what_cannot_have_an_effect_is_said(script):
+    """sd-scripts took these without a word."""
+    for name in IGNORED_BY_SD_SCRIPTS:
+        assert options(script).options()[name].offered
+        assert script in NO_EFFECT_IN[name], name
 
 
 @pytest.mark.parametrize(

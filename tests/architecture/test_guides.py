@@ -1,5 +1,6 @@
 """What the guides for users show must work: command lines parse, options and keys exist, links lead somewhere."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -34,11 +35,13 @@ GUIDES = [
     DOCS / "stable_cascade.md",
     ROOT / "CONTRIBUTING.md",
 ]
-SCRIPTS = option_sets() | picture_option_sets()
+CASCADE = [f"stable_cascade_train_{what}" for what in ("stage_c", "stage_b", "c_network", "c_control_net")]
+TRAINED = option_sets() | {name: importlib.import_module(name).Options for name in CASCADE}
+SCRIPTS = TRAINED | picture_option_sets()
 TOOLS = tool_option_sets()
 FROM_ACCELERATE = {"num_cpu_threads_per_process", "multi_gpu", "num_processes"}
-FROM_ELSEWHERE = {"help", "logdir", "local", "exclude", "caption_extention"}
-"""Options of every program, of TensorBoard, of `hf download` (--local-dir, --exclude), and an old spelling."""
+FROM_ELSEWHERE = {"help", "logdir", "local", "exclude", "sort", "caption_extention"}
+"""Options of every program, of TensorBoard, of `hf download` (--local-dir, --exclude) and tar, and an old spelling."""
 
 
 def command_lines():

@@ -67,7 +67,9 @@ def test_the_guide_from_photographs_to_pictures(place):
     assert (Path("output") / "stage_c_run" / "stage_c_run_ema.safetensors").exists()
     assert tensor_digest("stage_c_again.safetensors") == tensor_digest(trained / "my_stage_c.safetensors")
     assert len(list((trained / "sample").glob("*.png"))) == 2
-    assert list(Path("photos/1_all").glob("*_sc_latents.npz")) and list(Path("photos/1_all").glob("*_sc_te_outputs.npz"))
+    assert list(Path("photos/1_all").glob("*_sc_latents.npz")) and list(
+        Path("photos/1_all").glob("*_sc_te_outputs.npz")
+    )
     file = read_lora(Path("output") / "lora_run" / "lora_run.safetensors")
     assert all("_attention_attn_" in name for name in file.modules)
     assert read_lora("lora_official.safetensors").layout == "official"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -82,7 +81,9 @@ def test_the_text_encoder_trains_with_the_stage_or_alone(cascade_command, tiny_c
 def test_rows_of_tokens_learn_in_float32_where_all_else_is_half(cascade_command, tiny_cascade, tmp_path):
     """A rate at which bfloat16 could not move them."""
     more = ("--train_text_encoder_only", "--learning_rate=1e-6", "--full_bf16", "--mixed_precision=bf16")
-    assert train_stage_c(*cascade_command(tmp_path / "out"), *more) == 0
+    assert train_stage_c(*cascade_command(tmp_path / "out", logging_dir=tmp_path / "log"), *more) == 0
+    curves = next((tmp_path / "log").rglob("events*")).read_bytes()
+    assert b"lr/text_encoder1" in curves and b"lr/unet" not in curves
     old, new = load_file(tiny_cascade.text), load_file(tmp_path / "out" / "duck_text_model.safetensors")
     name = "text_model.embeddings.token_embedding.weight"
     moved = (new[name] - old[name]).abs().max().item()
@@ -100,20 +101,50 @@ def test_stage_b_trains_with_and_without_cached_latents(cascade_command, tiny_ca
 
 
 def test_cached_and_uncached_training_give_the_same_loss(cascade_command, tmp_path, losses, monkeypatch):
+    """Also where captions are dropped, whose place the cached empty caption takes."""
     from library.training import text_caching
     from tools import stable_cascade_cache_latents, stable_cascade_cache_text_encoder_outputs
 
+    dropped = "--caption_dropout_rate=0.5"
     with monkeypatch.context() as patch:
         patch.setattr(text_caching, "AUTOMATIC_BYTES", 0)
-        assert train_stage_c(*cascade_command(tmp_path / "a")) == 0
-    command = cascade_command(tmp_path / "b")
+        assert train_stage_c(*cascade_command(tmp_path / "a", dropped)) == 0
+    command = cascade_command(tmp_path / "b", dropped)
     assert run_tool(stable_cascade_cache_latents.main, *command) == 0
     assert run_tool(stable_cascade_cache_text_encoder_outputs.main, *command) == 0
     folder = tmp_path / "photos" / "2_sks duck"
     assert len(list(folder.glob("*_sc_latents.npz"))) == len(list(folder.glob("*_sc_te_outputs.npz"))) == 3
-    caches = ("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--caption_dropout_rate=0")
+    caches = ("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk")
     assert train_stage_c(*command, "--cache_latents", "--cache_text_encoder_outputs", *caches) == 0
     assert losses[:3] == pytest.approx(losses[3:], rel=1e-5)
+
+
+def test_caches_of_training_are_those_of_the_tools_and_notice_other_models(
+    cascade_command, tiny_cascade, tmp_path, caplog
+):
+    from tools import stable_cascade_cache_latents, stable_cascade_cache_text_encoder_outputs
+
+    def changed(path: Path) -> Path:
+        tensors = load_file(path)
+        name = next(name for name, tensor in tensors.items() if tensor.dim() == 2 or "0.weight" in name)
+        tensors[name] = tensors[name] * 1.5
+        save_file(tensors, tmp_path / path.name)
+        return tmp_path / path.name
+
+    def told(tool, **changes: object) -> str:
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            assert run_tool(tool.main, *cascade_command(tmp_path / "tool", **changes)) == 0
+        return next(line for line in caplog.messages if line.startswith(("latent cache", "text encoder outputs")))
+
+    caches = "--cache_latents --cache_latents_to_disk --cache_text_encoder_outputs --cache_text_encoder_outputs_to_disk"
+    assert train_stage_c(*cascade_command(tmp_path / "out", *caches.split(), max_train_steps=1)) == 0
+    for tool, other in (
+        (stable_cascade_cache_latents, {"effnet_checkpoint_path": changed(tiny_cascade.effnet)}),
+        (stable_cascade_cache_text_encoder_outputs, {"text_model_checkpoint_path": changed(tiny_cascade.text)}),
+    ):
+        assert "5 reused, 0 to encode" in told(tool)
+        assert "0 reused, 5 to encode" in told(tool, **other)
 
 
 def test_latents_of_stable_diffusion_in_the_folder_are_left_alone(cascade_command, tmp_path):
@@ -125,17 +156,6 @@ def test_latents_of_stable_diffusion_in_the_folder_are_left_alone(cascade_comman
     before = other.read_bytes()
     assert train_stage_c(*cascade_command(tmp_path / "out", "--cache_latents", "--cache_latents_to_disk")) == 0
     assert other.read_bytes() == before
-
-
-def test_dropped_captions_are_encoded_as_empty_ones_from_the_cache_too(cascade_command, tmp_path, losses):
-    command = cascade_command(tmp_path / "a", "--caption_dropout_rate=1")
-    assert train_stage_c(*command, "--cache_text_encoder_outputs") == 0
-    for path in (tmp_path / "photos" / "2_sks duck").glob("*.caption"):
-        path.write_text("")
-    shutil.move(tmp_path / "photos" / "1_sks bear", tmp_path / "bears")
-    (tmp_path / "photos" / "1_").mkdir()
-    assert len(losses) == 3
-    assert all(loss > 0 for loss in losses)
 
 
 @pytest.mark.parametrize(
@@ -204,14 +224,20 @@ def test_pictures_are_conditions_at_the_given_rate(cascade_command, tiny_cascade
 
 def test_samples_are_drawn_through_the_previewer(cascade_command, tiny_cascade, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a duck --w 256 --h 192 --s 2 --d 5\n")
+    # Every line has an option that only Stable Cascade knows, so the file is read by its table from the first check on.
+    prompts.write_text(
+        "a duck --w 256 --h 192 --s 2 --d 5 --f 1.5\na duck --w 256 --h 192 --s 2 --d 5 --t 0.8 --le 2\n"
+    )
     command = cascade_command(tmp_path / "out", f"--sample_prompts={prompts}", "--sample_every_n_steps=2")
     more = (f"--previewer_checkpoint_path={tiny_cascade.previewer}", f"--sample_dir={tmp_path / 'seen'}")
     assert train_stage_c(*command, *more, "--sample_at_first") == 0
     from PIL import Image
 
     pictures = sorted((tmp_path / "seen").glob("*.png"))
-    assert len(pictures) == 2
+    assert len(pictures) == 4
+    assert len({path.read_bytes() for path in pictures}) == 4
+    texts = Image.open(pictures[0]).text
+    assert (texts["prompt"], texts["seed"], texts["shift"]) == ("a duck", "5", "1.5")
     # Six latent pixels for 256, eight pixels of the previewer for each.
     assert Image.open(pictures[0]).size == (48, 40)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import tarfile
 from dataclasses import replace
@@ -14,6 +15,7 @@ from library.models.random_cascade import TINY_B, TINY_C
 from library.option_parser import parse
 from tests.cascade_runs import train_stage_b, train_stage_c
 from tests.conftest import PHOTOS, ROOT
+from tests.support import tensor_digest
 
 EXAMPLES = ROOT / "examples" / "stable_cascade"
 SMALL = (
@@ -60,15 +62,27 @@ def test_every_example_trains(workplace, example):
     assert (folder / f"{folder.name}.safetensors").is_file()
 
 
-def test_a_run_that_is_started_again_goes_on_from_its_last_state(workplace):
-    config = str(EXAMPLES / "stage_c_1b.yaml")
-    more = ("--resolution=256", "--gradient_accumulation_steps=1", "--global_batch_size=2", "--save_every_n_steps=1")
-    assert train_stage_c(config, *more, "--max_train_steps=1", "--seed=1") == 0
+def test_a_run_that_is_started_again_goes_on_by_itself(workplace, monkeypatch, capfd):
+    """The same words after a signal: the same seed, though none is given, and the same end as without the signal."""
     folder = workplace / "output" / "stage_c_1b_finetuning"
-    first = (folder / "stage_c_1b_finetuning-step00000001-state").stat().st_mtime_ns
-    assert train_stage_c(config, *more, "--max_train_steps=2", "--resume_override", "steps") == 0
-    assert (folder / "stage_c_1b_finetuning-step00000001-state").stat().st_mtime_ns == first
-    assert (folder / "stage_c_1b_finetuning-step00000002-state").is_dir()
+    more = ("--resolution=256", "--gradient_accumulation_steps=1", "--global_batch_size=2", "--max_train_steps=2")
+    words = (str(EXAMPLES / "stage_c_1b.yaml"), *more, "--save_every_n_steps=1")
+    with monkeypatch.context() as patch:
+        patch.setenv("SD_FAULT", "step.forward:term:1")
+        assert train_stage_c(*words) == 143
+    state = folder / "stage_c_1b_finetuning-step00000001-state"
+    seed = json.loads((state / "resume.json").read_text())["info"]["seed"]
+    written = state.stat().st_mtime_ns
+    assert train_stage_c(*words) == 0
+    assert state.stat().st_mtime_ns == written
+    assert train_stage_c(*words, f"--seed={seed}", f"--output_dir={workplace / 'straight'}") == 0
+    ends = [path / "stage_c_1b_finetuning.safetensors" for path in (folder, workplace / "straight")]
+    assert tensor_digest(ends[0]) == tensor_digest(ends[1])
+    capfd.readouterr()
+    assert train_stage_c(*words) == 0
+    assert "all 2 updates of this run are done" in capfd.readouterr().err
+    assert train_stage_c(*words, "--learning_rate=3e-3") == 2
+    assert "--learning_rate" in capfd.readouterr().err
 
 
 def options(config: Path, *more: str):
@@ -85,7 +99,7 @@ def test_keys_become_options_and_the_command_line_wins(workplace):
     assert (found.data.batch_size, found.length.gradient_accumulation_steps) == (8, 4)
     assert (found.ema.ema_start_steps, found.ema.ema_every_n_steps, found.ema.ema_decay) == (1250, 25, 0.9)
     assert found.subset.caption_dropout_rate == 0.05
-    assert found.state.resume == "latest"
+    assert found.state.resume == "auto"
     assert found.cascade.adaptive_loss_weight
     assert any("ema_iters" in note for note in found.notices)
 
@@ -118,7 +132,8 @@ def test_wrong_keys_are_named(workplace, capsys, line, expected):
 
 def test_sharing_weights_takes_several_processes(workplace, monkeypatch):
     config = workplace / "run.yaml"
-    config.write_text((EXAMPLES / "stage_c.yaml").read_text() + "use_fsdp: true\n")
+    kept = [row for row in (EXAMPLES / "stage_c.yaml").read_text().splitlines() if not row.startswith("optimizer_")]
+    config.write_text("\n".join([*kept, "use_fsdp: true"]))
     assert any("no effect in one process" in str(warning) for warning in options(config).warnings)
     assert not options(config).shares_weights
     monkeypatch.setenv("WORLD_SIZE", "2")

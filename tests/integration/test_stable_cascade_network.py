@@ -72,6 +72,27 @@ def train(models, photos, out, *more):
     return run_tool(script.main, *usual, *more)
 
 
+def test_what_training_shows_is_what_its_file_draws(models, photos, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    lines = ["a photo of [fernando] --w 128 --h 128 --s 2 --d 1", "(a:1.3) [Fernando] --w 192 --h 128 --s 3 --d 2 --f 1.5"]
+    prompts.write_text("\n".join(lines), encoding="utf-8")
+    preview = f"--previewer_checkpoint_path={models.previewer}"
+    tokens = ("--train_tokens", "[fernando]=^dog</w>", "^photo</w>", "--network_train_unet_only")
+    sampling = (f"--sample_prompts={prompts}", "--sample_every_n_steps=2", preview)
+    assert train(models, photos, tmp_path, *tokens, *sampling, "--save_precision=float") == 0
+    words = (
+        f"--stage_c_checkpoint_path={models.stage_c}",
+        f"--text_model_checkpoint_path={models.text}",
+        f"--network_weights={tmp_path / 'duck.safetensors'}",
+    )
+    drawn = (f"--from_file={prompts}", "--decoder=previewer", "--sequential_file_name", preview)
+    assert run_tool(stable_cascade_gen_img.main, *words, *drawn, f"--outdir={tmp_path / 'drawn'}") == 0
+    shown, made = (sorted((tmp_path / folder).glob("*.png")) for folder in ("sample", "drawn"))
+    assert len(shown) == len(made) == 2
+    for one, other in zip(shown, made, strict=True):
+        assert np.array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(other)))
+
+
 def test_a_lora_with_words(models, photos, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a photo of [fernando] --w 128 --h 128 --s 2 --d 1")

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from library.checkpoints.cascade_configs import diffusers_config
-from library.checkpoints.cascade_parts import EffNetConfig, MBStage, StageAConfig
+from library.checkpoints.cascade_parts import STAGE_A_SCALE, EffNetConfig, MBStage, StageAConfig
 from library.checkpoints.save_cascade import file_tensors
 from library.models.cascade.effnet import make_features
-from library.models.cascade.stage_a import SCALE, StageA
-from library.models.cascade.text import END_OF_TEXT, build_projected_text_encoder, encode_chunks
+from library.models.cascade.stage_a import StageA
+from library.models.cascade.text import build_projected_text_encoder, encode_chunks
 from library.models.cascade.unet import StageInputs
 from library.models.cascade.vision import build_image_encoder, embed_images
 from library.models.random_cascade import random_part
+from library.models.tokenizer import END_ID
 from tests.cascade_models import SMALL_B, SMALL_C, inputs_b, inputs_c, noise, randomize, small_stage
 
 pytestmark = pytest.mark.compat
@@ -170,7 +171,7 @@ def test_stage_a():
     norm = module.down_blocks[3][1]
     norm.running_mean.copy_(noise(4))
     norm.running_var.copy_(noise(4).abs() + 0.5)
-    reference = PaellaVQModel(bottleneck_blocks=2, embed_dim=16, num_vq_embeddings=8, scale_factor=SCALE).eval()
+    reference = PaellaVQModel(bottleneck_blocks=2, embed_dim=16, num_vq_embeddings=8, scale_factor=STAGE_A_SCALE).eval()
     reference.load_state_dict(file_tensors("stage_a", module.state_dict(), "diffusers"), strict=True)
     pixels = noise(2, 3, 36, 52).sigmoid()
     latents = module.encode(pixels)
@@ -218,7 +219,7 @@ def text():
 
 
 def token_ids():
-    ids = torch.full((3, 77), END_OF_TEXT)
+    ids = torch.full((3, 77), END_ID)
     ids[:, 0] = 49406
     for row, length in enumerate((4, 30, 75)):
         ids[row, 1 : length + 1] = torch.arange(length) * 37 + 320
@@ -229,7 +230,7 @@ def token_ids():
 def test_masked_text_states_and_pooled_vector(text):
     encoder, reference = text
     ids = token_ids()
-    mask = torch.arange(77) <= (ids == END_OF_TEXT).int().argmax(-1, keepdim=True)
+    mask = torch.arange(77) <= (ids == END_ID).int().argmax(-1, keepdim=True)
     expected = reference(ids, attention_mask=mask.long(), output_hidden_states=True)
     found = encoder(ids)
     torch.testing.assert_close(found.hidden, expected.hidden_states[-1], **CLOSE)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +28,6 @@ from tools import convert_stable_cascade as tool
 pytestmark = pytest.mark.compat
 
 CPU = torch.device("cpu")
-VOCABULARY = Path(__file__).resolve().parents[2] / "library" / "assets" / "clip_vocab"
 STEPS = 5
 CAT = replace(
     CASCADE_DEFAULTS, prompt="a cat", negative_prompt="blurry", width=256, height=384, steps=STEPS, seed=3, shift=1.0
@@ -38,58 +37,34 @@ CLOSE = {"atol": 2e-3, "rtol": 1e-3}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """The tiny model, all parts in one folder in diffusers' layout."""
+    """The tiny model as two pipelines of diffusers, which the conversion tool made part by part."""
     root = tmp_path_factory.mktemp("cascade")
     files = make_random_cascade(root / "official")
+    components = {"stage_c": "prior", "stage_b": "decoder", "stage_a": "vqgan", "vision": "image_encoder"}
     for part in ("stage_c", "stage_b", "stage_a", "text", "vision"):
-        name = {"stage_c": "prior", "stage_b": "decoder", "stage_a": "vqgan", "text": "text_encoder"}
-        target = root / "model" / name.get(part, "image_encoder")
-        tool.convert(tool.ConvertOptions(src=str(getattr(files, part)), dst=str(target), part=part))
-    return root / "model"
+        for model in ("stage_c", "stage_b"):
+            if part == "text" or (part in ("stage_c", "vision")) == (model == "stage_c"):
+                target = root / model / components.get(part, "text_encoder")
+                tool.convert(tool.ConvertOptions(src=str(getattr(files, part)), dst=str(target), part=part))
+    return root
 
 
 @pytest.fixture(scope="module")
 def parts(folders):
-    options = CascadeFileOptions(stage_c_checkpoint_path=str(folders))
-    return CascadeParts(options, Placement(CPU, CPU, torch.float32))
+    paths = {f"{name}_checkpoint_path": str(folders / name) for name in ("stage_c", "stage_b")}
+    return CascadeParts(CascadeFileOptions(**paths), Placement(CPU, CPU, torch.float32))
 
 
 @pytest.fixture(scope="module")
 def theirs(folders):
-    from diffusers import (
-        DDPMWuerstchenScheduler,
-        StableCascadeDecoderPipeline,
-        StableCascadePriorPipeline,
-        StableCascadeUNet,
-    )
-    from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPTextModelWithProjection,
-        CLIPTokenizer,
-        CLIPVisionModelWithProjection,
-    )
+    from diffusers import StableCascadeDecoderPipeline, StableCascadePriorPipeline, pipelines
+    from diffusers.pipelines.stable_cascade.pipeline_stable_cascade import PaellaVQModel
 
-    # Without a pad token of its own it pads with the end of the text.
-    tokenizer = CLIPTokenizer.from_pretrained(VOCABULARY, model_max_length=77)
-    text = CLIPTextModelWithProjection.from_pretrained(folders / "text_encoder", attn_implementation="eager")
-    vision = CLIPVisionModelWithProjection.from_pretrained(folders / "image_encoder")
-    size = vision.config.image_size
-    prior = StableCascadePriorPipeline(
-        tokenizer=tokenizer,
-        text_encoder=text,
-        prior=StableCascadeUNet.from_pretrained(folders / "prior"),
-        scheduler=DDPMWuerstchenScheduler(),
-        image_encoder=vision,
-        feature_extractor=CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}),
-    )
-    decoder = StableCascadeDecoderPipeline(
-        decoder=StableCascadeUNet.from_pretrained(folders / "decoder"),
-        tokenizer=tokenizer,
-        text_encoder=text,
-        scheduler=DDPMWuerstchenScheduler(),
-        vqgan=PaellaVQModel.from_pretrained(folders / "vqgan"),
-    )
+    if not hasattr(pipelines, "wuerstchen"):
+        # Versions that moved stage A's class find it no more in any index, their own included.
+        pipelines.wuerstchen = SimpleNamespace(PaellaVQModel=PaellaVQModel)
+    prior = StableCascadePriorPipeline.from_pretrained(folders / "stage_c", local_files_only=True)
+    decoder = StableCascadeDecoderPipeline.from_pretrained(folders / "stage_b", local_files_only=True)
     for pipeline, unet in ((prior, prior.prior), (decoder, decoder.decoder)):
         pipeline.set_progress_bar_config(disable=True)
         unet.register_forward_pre_hook(_clamp, with_kwargs=True)

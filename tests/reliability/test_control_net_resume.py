@@ -1,7 +1,5 @@
 """ControlNet training that is stopped or killed and resumed ends with the same bits as a run that was not."""
 
-import signal
-
 import pytest
 
 from tests.control_training import FINAL, control_words, train_control_net
@@ -10,7 +8,8 @@ from tests.support import tensor_digest
 SCRIPT = "stable_cascade_train_c_control_net.py"
 SAVING = ("--save_state", "--save_every_n_steps=2", "--lr_scheduler=cosine")
 VARIANTS = {
-    "random masks, flips, accumulation": "--controlnet_filter=inpaint --flip_aug --gradient_accumulation_steps=2",
+    "random masks, flips, accumulation, tar files": "--controlnet_filter=inpaint --flip_aug "
+    "--gradient_accumulation_steps=2",
     "average, adaptive weights": "--ema_decay=0.9 --adaptive_loss_weight --noise_offset=0.1",
     "latents, cached, image checkpointing": "--controlnet_filter=sr_effnet --controlnet_bottleneck_mode=simple "
     "--cache_latents --gradient_checkpointing",
@@ -19,12 +18,15 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_resumed_in_the_middle_ends_with_the_same_bits(control_cascade, photo_folders, tmp_path, variant):
+def test_resumed_in_the_middle_ends_with_the_same_bits(
+    control_cascade, photo_folders, caption_shards, tmp_path, variant
+):
     more = (*VARIANTS[variant].split(), *SAVING)
+    data = caption_shards if "tar files" in variant else photo_folders
     straight, again = tmp_path / "straight", tmp_path / "again"
-    assert train_control_net(*control_words(control_cascade, photo_folders, straight, *more)) == 0
+    assert train_control_net(*control_words(control_cascade, data, straight, *more)) == 0
     state = straight / "net-step00000002-state"
-    assert train_control_net(*control_words(control_cascade, photo_folders, again, *more, f"--resume={state}")) == 0
+    assert train_control_net(*control_words(control_cascade, data, again, *more, f"--resume={state}")) == 0
     for name in (FINAL, *(["net_ema.safetensors"] if "ema" in VARIANTS[variant] else [])):
         assert tensor_digest(again / name) == tensor_digest(straight / name)
     assert tensor_digest(again / FINAL) != tensor_digest(straight / "net-step00000002.safetensors")
@@ -49,13 +51,7 @@ def test_killed_again_and_again(fork_server, control_cascade, photo_folders, tmp
     more = ("--save_state", "--save_every_n_steps=1", "--controlnet_filter=inpaint", "--ema_decay=0.9")
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert train_control_net(*control_words(control_cascade, photo_folders, straight, *more)) == 0
-    words, deaths = control_words(control_cascade, photo_folders, killed, *more), 0
-    for number, fault in enumerate(KILLS):
-        child = fork_server.run(SCRIPT, [*words, *(["--resume=latest"] if number else [])], env={"SD_FAULT": fault})
-        assert child.returncode in (-signal.SIGKILL, 0), child.output()
-        deaths += child.returncode != 0
-    assert deaths
-    finished = fork_server.run(SCRIPT, [*words, "--resume=latest"])
-    assert finished.returncode == 0, finished.output()
+    words = control_words(control_cascade, photo_folders, killed, *more)
+    assert fork_server.run_killed(SCRIPT, words, KILLS) == len(KILLS)
     for name in (FINAL, "net_ema.safetensors"):
         assert tensor_digest(killed / name) == tensor_digest(straight / name)

@@ -79,7 +79,7 @@ def test_stage_c():
         "dataset_filter": (["aesthetic", "lambda s: s > 4.5"], [["width", "height"], "lambda w, h: w * h >= 589824"]),
         "caption_dropout_rate": 0.05,
         "bucket_random_ratio": 0.05,
-        "resume": "latest",
+        "resume": "auto",
     }
     assert found.sources["sample_every_n_steps"] == "save_every"
     assert found.sources["resume"] == ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from library.errors import Problem
 from library.models.options import ModelOptions, TextOptions
@@ -39,6 +39,9 @@ class CascadeModelOptions(ModelOptions, title="model"):
         "file the model starts from fresh weights.",
     )
 
+    is_trained: ClassVar[bool] = False
+    """Whether what trains belongs to a stage that was trained before, so that fresh weights make no sense."""
+
     @property
     def stage(self) -> str:
         """Which stage is trained: `c` or `b`."""
@@ -61,9 +64,10 @@ class CascadeModelOptions(ModelOptions, title="model"):
 
     def missing(self) -> Iterator[Problem]:
         """Yield which files a run cannot do without."""
-        if not self.stage_path and not self.model_version:
-            hint = "Give the file. To start from fresh weights instead, give --model_version."
-            yield Problem(self.stage_option, "is required", hint)
+        if not self.stage_path and (self.is_trained or not self.model_version):
+            fresh = "" if self.is_trained else " To start from fresh weights instead, give --model_version."
+            reason = ": what is trained here belongs to a trained model" if self.is_trained else ""
+            yield Problem(self.stage_option, f"is required{reason}", f"Give the file.{fresh}")
         if not self.effnet_checkpoint_path:
             yield Problem("--effnet_checkpoint_path", "is required", "Give effnet_encoder.safetensors.")
 
@@ -144,6 +148,13 @@ class StageCModelOptions(CascadeModelOptions, title="model"):
         yield from super().check()
         if self.clip_image_cond_rate and not self.image_model_checkpoint_path:
             yield Problem("--clip_image_cond_rate", "needs --image_model_checkpoint_path")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedStageCModelOptions(StageCModelOptions, title="model"):
+    """Which files the stage C is made of that a network or a ControlNet belongs to."""
+
+    is_trained: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)

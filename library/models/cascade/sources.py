@@ -151,7 +151,10 @@ def build_part_text(sources: CascadeSources, weights: WeightPlan) -> ProjectedTe
     # Rows of the table are seldom trained, and by so little that bfloat16 would lose it. Weights that are shared out
     # between GPUs must be of one type.
     if "text_encoder" in weights.trained and weights.trained_device is None:
-        encoder.text_model.embeddings.float()
+        embeddings = encoder.text_model.embeddings.float()
+        with torch.no_grad():
+            for name, parameter in embeddings.named_parameters():
+                parameter.copy_(sources.text.tensors[f"text_model.embeddings.{name}"])
     return encoder
 
 

@@ -11,6 +11,9 @@ from library.models.cascade.options import CascadeModelOptions, StageCModelOptio
 
 TOKENIZER = TokenizerSpec("clip_g", pad_id=49407)
 
+ENCODED_SHARE = 0.75
+"""Sides of a picture as EfficientNet sees it, over those of the picture that is drawn of its latents."""
+
 STAGE_C = FamilySpec(
     name="stable_cascade",
     prediction_type="epsilon",
@@ -19,6 +22,7 @@ STAGE_C = FamilySpec(
     latent_downscale=32,
     latent_scale=1.0,
     bucket_step_multiple=32,
+    side_multiple=32,
     smallest_side=32,
     latent_cache_suffix="_sc_latents",
     latent_cache_sized=False,
@@ -39,6 +43,7 @@ STAGE_B = replace(
     name="stable_cascade_b",
     latent_channels=4,
     latent_downscale=4,
+    side_multiple=8,
     # Patches of two latent pixels are halved three times.
     smallest_side=64,
     latent_cache_suffix="_sc_b_latents",

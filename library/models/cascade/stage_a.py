@@ -11,13 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.cascade_parts import StageAConfig
+from library.checkpoints.cascade_parts import STAGE_A_SCALE, StageAConfig
 from library.models.assemble import build_module
 from library.models.cascade.blocks import normalize
 from library.models.cascade.effnet import FixedBatchNorm2d
-
-SCALE = 0.43
-"""Latents are divided by it after encoding. Diffusers' class has another default, that of Würstchen v2."""
 
 
 class MixingBlock(nn.Module):
@@ -77,12 +74,12 @@ class StageA(nn.Module):
     def encode(self, pixels: Tensor) -> Tensor:
         """Return latents in the scale in which stage B works."""
         pixels = pixels.to(self.in_block[1].weight.dtype).contiguous(memory_format=torch.channels_last)
-        return self.down_blocks(self.in_block(pixels)) / SCALE
+        return self.down_blocks(self.in_block(pixels)) / STAGE_A_SCALE
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return pixels clamped to [0,1]."""
         latents = latents.to(self.in_block[1].weight.dtype).contiguous(memory_format=torch.channels_last)
-        return self.out_block(self.up_blocks(latents * SCALE)).clamp(0, 1)
+        return self.out_block(self.up_blocks(latents * STAGE_A_SCALE)).clamp(0, 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return pixels that were encoded and decoded."""

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from library.models.assemble import build_module
 from library.models.clip_text import TextEncoder, join_chunks, join_factors, make_text_encoder
-
-END_OF_TEXT = 49407
-"""Ends a text, and pads it."""
+from library.models.tokenizer import END_ID
 
 
 class TextStates(NamedTuple):
@@ -41,16 +39,17 @@ class ProjectedTextEncoder(TextEncoder):
         """Encode token ids [N,L].
 
         Args:
-            input_ids: each row ends, and is padded, with `END_OF_TEXT`.
-            masked: hide what follows the first `END_OF_TEXT`.
+            input_ids: each row ends, and is padded, with `END_ID`.
+            masked: hide what follows the first `END_ID`.
 
         Returns:
-            States of all positions, and the projected final norm of the state at the first `END_OF_TEXT`, whatever
+            States of all positions, and the projected final norm of the state at the first `END_ID`, whatever
             larger ids new tokens have.
         """
-        ends = (input_ids == END_OF_TEXT).int().argmax(dim=-1)
+        ends = (input_ids == END_ID).int().argmax(dim=-1)
         mask = _mask(input_ids, ends if masked else None)
-        hidden = self.text_model.embeddings(input_ids=input_ids)
+        # Embeddings that train are float32 whatever the rest is.
+        hidden = self.text_model.embeddings(input_ids=input_ids).to(self.dtype)
         for layer in self.layers:
             hidden = self._run(partial(layer, attention_mask=mask, causal_attention_mask=None), hidden)
         last = hidden[torch.arange(len(hidden), device=hidden.device), ends]

@@ -43,11 +43,10 @@ def embed_images(encoder: Any, pixels: Tensor) -> Tensor:
     The shorter side is resized to what the encoder takes (bicubic), the middle square is cut out.
     """
     size, weight = encoder.config.image_size, encoder.visual_projection.weight
-    height, width = pixels.shape[-2:]
-    scale = size / min(height, width)
-    resized = functional.interpolate(
-        pixels.float(), (round(height * scale), round(width * scale)), mode="bicubic", antialias=True
-    ).clamp(0, 1)
+    shorter = min(pixels.shape[-2:])
+    # Cut off, not rounded, as transformers does.
+    sides = [side * size // shorter for side in pixels.shape[-2:]]
+    resized = functional.interpolate(pixels.float(), sides, mode="bicubic", antialias=True).clamp(0, 1)
     top, left = (resized.shape[-2] - size) // 2, (resized.shape[-1] - size) // 2
     square = resized[..., top : top + size, left : left + size]
     return encoder(standardize(square, _MEAN, _STD).to(weight.dtype)).image_embeds

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from library.training.options_full import FullTrainingOptions
 
 
+_GROUPS = {"unet": "unet", "text_encoder": "text_encoder1"}
+"""What the learning rates of the parts are logged as."""
+
+
 class FullTune(PlainMethod):
     """Trains all weights of the family's denoiser and, until the stop, those of its text encoders."""
 
@@ -70,9 +74,9 @@ class FullTune(PlainMethod):
         rate_te = self.tune.text_encoder_rate
         if rate_te is None or not self.trains_text:
             together = tuple(parameter for part in parameters.values() for parameter in part)
-            return [ParamGroup("unet", together, self.learning_rate)]
-        names = {"unet": ("unet", self.learning_rate), "text_encoder": ("text_encoder1", rate_te)}
-        return [ParamGroup(names[name][0], params, names[name][1]) for name, params in parameters.items()]
+            return [ParamGroup(_GROUPS[next(iter(parameters))], together, self.learning_rate)]
+        rates = {"unet": self.learning_rate, "text_encoder": rate_te}
+        return [ParamGroup(_GROUPS[name], params, rates[name]) for name, params in parameters.items()]
 
     def enter_step(self, step: int) -> bool:
         """Freeze the text encoder when `--stop_text_encoder_training` updates are done."""

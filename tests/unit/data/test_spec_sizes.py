@@ -1,5 +1,6 @@
 """Sizes given in those of the pictures that are to be drawn, where the encoder sees smaller ones."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -9,7 +10,7 @@ from library.data.dataset_config import load_dataset_specs
 from library.data.options import SubsetOptions
 from library.data.spec_sizes import step_as_given
 from library.errors import UserError
-from library.models.cascade.specs import STAGE_C
+from library.models.cascade.specs import STAGE_B, STAGE_C
 from library.option_parser import parse
 from tests.unit.data.scan_helpers import config, write_image
 
@@ -70,6 +71,21 @@ def test_steps_that_do_not_fit_are_told_in_the_sizes_of_the_user(folder, tmp_pat
     path = config(tmp_path, table)
     (spec,) = specs(options(folder, f"--dataset_config={path}", "--effnet_scale=0.5"))
     assert (spec.resolution_wh, spec.bucket_reso_steps) == ((256, 256), 32)
+
+
+def test_without_buckets_sides_must_fit_too(folder):
+    def problem(resolution, scale=1.0, multiple=STAGE_C.side_multiple):
+        data = replace(options(folder, f"--resolution={resolution}", f"--effnet_scale={scale}"), enable_bucket=False)
+        with pytest.raises(UserError) as caught:
+            load_dataset_specs(
+                data, SubsetOptions(), kinds=("dreambooth",), bucket_step_multiple=32, side_multiple=multiple
+            )
+        return str(caught.value)
+
+    assert "the sides of the resolution 700x512 must be multiples of 32. Use 704,512" in problem("700,512")
+    assert "must be multiples of 128. Use 1024,1024, or enable_bucket" in problem("1000", 0.75)
+    assert "must be multiples of 8. Use 8,1000" in problem("3,1000", multiple=STAGE_B.side_multiple)
+    assert specs(replace(options(folder, "--resolution=700"), enable_bucket=False))
 
 
 def test_lists_of_aspect_ratios_keep_the_steps_of_the_encoder(folder):

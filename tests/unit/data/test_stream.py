@@ -162,6 +162,24 @@ def test_batches_hold_one_bucket(tmp_path):
         assert len({tuple(row) for row in batch.sizes_hw[:, 4:].tolist()}) == 1
 
 
+def test_random_buckets_are_those_of_indexed_tar_files(tmp_path):
+    members = {}
+    for number in range(24):
+        members |= {f"{number:02d}.png": picture(number, size=(96, 96), kind="PNG"), f"{number:02d}.txt": b"c"}
+    path = write_tar(tmp_path / "a.tar", members)
+    options = {"multi_aspect_ratio": ("1/1", "1/2", "1/4"), "resolution": "128", "bucket_random_ratio": 0.5}
+    found = {}
+    for batch in serve(opened(path, enable_bucket=True, batch_size=1, **options), steps=24):
+        found |= {key: tuple(row[4:]) for key, row in zip(batch.record_keys, batch.sizes_hw.tolist(), strict=True)}
+    data = opened(path, enable_bucket=True, batch_size=1, webdataset_streaming=False, **options)
+    indexed = {
+        key: (height, width)
+        for key, (width, height) in zip(data.table.keys(), data.placements.bucket_wh.tolist(), strict=True)
+    }
+    assert len(set(found.values())) > 2
+    assert found.items() <= indexed.items()
+
+
 def test_filters_choose_and_a_filter_that_rejects_everything_is_an_error(folder):
     data = opened(folder, subset={"dataset_filter": ("score: score < 6",)})
     found = serve(data)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -67,6 +69,28 @@ def test_a_checkpoint_of_many_parts_becomes_a_folder_of_each_kind(files, tmp_pat
     same(files.stage_c, tmp_path / "again" / "stage_c.safetensors")
     assert run(tmp_path / "all.safetensors", tmp_path / "one.safetensors", "--part=effnet") == 0
     same(files.effnet, tmp_path / "one.safetensors")
+
+
+def test_parts_become_a_pipeline_when_all_are_there(files, tmp_path, caplog):
+    model = tmp_path / "model"
+    assert run(files.stage_c, model / "prior") == 0
+    assert not (model / "model_index.json").exists()
+    assert run(files.text, model / "text_encoder") == 0
+    index = json.loads((model / "model_index.json").read_text(encoding="utf-8"))
+    assert index["_class_name"] == "StableCascadePriorPipeline"
+    assert index["image_encoder"] == [None, None]
+    assert {path.name for path in (model / "tokenizer").iterdir()} >= {"vocab.json", "merges.txt"}
+    assert (model / "scheduler" / "scheduler_config.json").is_file()
+    assert run(files.vision, model / "image_encoder") == 0
+    index = json.loads((model / "model_index.json").read_text(encoding="utf-8"))
+    assert index["image_encoder"] == ["transformers", "CLIPVisionModelWithProjection"]
+    assert (model / "feature_extractor" / "preprocessor_config.json").is_file()
+    assert run(files.stage_b, tmp_path / "elsewhere" / "mine") == 0
+    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"mine"}
+    for source, name in ((files.stage_b, "decoder"), (files.stage_a, "vqgan")):
+        assert run(source, model / name) == 0
+    assert run(model, tmp_path / "again") == 0
+    assert "it needs them in folders of their own" in caplog.text
 
 
 @pytest.mark.parametrize(

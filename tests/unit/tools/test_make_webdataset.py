@@ -61,6 +61,15 @@ def test_the_same_bits_every_time(tmp_path):
     assert all(p.stat().st_size % 10240 == 0 for p in one)
 
 
+def test_what_was_written_is_looked_at(tmp_path, monkeypatch, capsys):
+    from library import files
+
+    inner = files.write_bytes
+    monkeypatch.setattr(files, "write_bytes", lambda path, pieces: inner(path, list(pieces)[3:]))
+    assert pack(make_folder(tmp_path / "photos"), tmp_path / "out") == 4
+    assert "data-0000.tar does not hold what was written into it" in capsys.readouterr().err
+
+
 def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     source, target = make_folder(tmp_path / "photos"), tmp_path / "out"
     assert pack(source, target, "--shard_size=2") == 0

@@ -60,7 +60,7 @@ def test_values(words):
 def test_what_is_missing_or_contradicts(words):
     assert complaints(words) == ["--controlnet_filter: is required. Name one, such as canny."]
     (said,) = complaints(words[1:], "--controlnet_filter=canny", "--model_version=1B")
-    assert said.startswith("--stage_c_checkpoint_path: is required: a ControlNet steers a trained model")
+    assert said.startswith("--stage_c_checkpoint_path: is required: what is trained here belongs to a trained model")
     (said,) = complaints(words, "--controlnet_filter=folder")
     assert said.startswith("--conditioning_data_dir: is required")
     folder = ("--controlnet_filter=folder", f"--conditioning_data_dir={words[2].partition('=')[2]}")

@@ -14,7 +14,8 @@ from library.training.state import Identity, StateInfo, StateParts, load_state, 
 
 OPTIONS = {
     "optimizer": {"learning_rate": 1e-6, "optimizer_type": "AdamW", "optimizer_args": ["weight_decay=0.1", "eps=1e-8"]},
-    "tune": {"learning_rate_te": None},
+    "tune": {"learning_rate_te": None, "learning_rate_te1": None},
+    "trained tokens": {"embedding_lr": None},
     "schedule": {"lr_scheduler": "cosine", "lr_warmup_steps": 0},
     "length": {"max_train_steps": 100, "max_train_epochs": None, "seed": None, "gradient_accumulation_steps": 2},
     "data": {"resolution": (512, 512)},
@@ -57,6 +58,8 @@ class TestDifferences:
         [
             ({"learning_rate": 5e-6}, "lr"),
             ({"learning_rate_te": 5e-6}, "lr"),
+            ({"learning_rate_te1": 5e-6}, "lr"),
+            ({"embedding_lr": 5e-6}, "lr"),
             ({"lr_scheduler": "linear"}, "scheduler"),
             ({"lr_warmup_steps": 10}, "scheduler"),
             ({"optimizer_args": ["weight_decay=0.2"]}, "optimizer_args"),
@@ -105,6 +108,14 @@ class TestDifferences:
     @pytest.mark.parametrize(("seed", "refused"), [(None, False), (7, False), (8, True)])
     def test_the_seed(self, seed, refused):
         assert bool(check(identity(seed=seed), seed=seed).refused) is refused
+
+    def test_states_belong_to_one_script_and_family(self):
+        saved = stored()
+        saved = replace(saved, identity=replace(saved.identity, training="network (c)"))
+        assert check(replace(identity(), training="network (c)"), info=saved).refused == ()
+        assert check(replace(identity(), training="network (c)")).refused == ()
+        with pytest.raises(UserError, match=r"one of another training: network \(c\), and this is network \(b\)"):
+            check(replace(identity(), training="network (b)"), info=saved)
 
     def test_machine_differences_are_only_noted(self):
         changes = check(identity(environment={"threads": 4}))
