@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -12,6 +14,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import ProcessError
+from multiprocessing.context import BaseContext
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
@@ -186,7 +189,7 @@ class PlannedBatches:
             prefetch_factor=_PREFETCH,
             worker_init_fn=prepare_worker,
             generator=torch.Generator().manual_seed(0),
-            multiprocessing_context=self._start_method,
+            multiprocessing_context=_worker_context(self._start_method),
             pin_memory=self._pin_memory,
         )
         with _children_watched(()):
@@ -270,12 +273,36 @@ def _check(workers: Sequence[Any], cause: BaseException | None = None) -> None:
         raise WorkerDied(f"process {', '.join(dead)} exited unexpectedly") from cause
 
 
+class SharedFlag:
+    """A `multiprocessing.Event` that can be set and looked at, and has no lock.
+
+    Torch asks workers to finish through an event, which they look at between batches. A worker that is killed in the
+    middle of that would keep the event's lock, and the main process would wait for it for ever.
+    """
+
+    def __init__(self, context: BaseContext) -> None:
+        self._value = context.RawValue(ctypes.c_bool, False)
+
+    def is_set(self) -> bool:
+        """Return whether `set` was called in any process."""
+        return bool(self._value.value)
+
+    def set(self) -> None:
+        """Make it true for all processes."""
+        self._value.value = True
+
+
+def _worker_context(start_method: str | None) -> BaseContext:
+    """Return the context of a start method (None: the platform's usual one), its events without locks."""
+    kind = type(multiprocessing.get_context(start_method or multiprocessing.get_start_method()))
+    return type("WorkerContext", (kind,), {"Event": lambda self: SharedFlag(self)})()  # type: ignore[no-any-return]
+
+
 def _end_workers(iterator: Any) -> None:
     """End the workers of torch's iterator: politely, or at once where one of them is dead.
 
-    A worker that was killed may have taken a lock along that it shared with this process, that of the event which asks
-    workers to finish, for example. Torch would wait for it for ever, so the others are killed too and their queues are
-    abandoned; nobody is interested in what they still hold.
+    A worker that was killed may have taken the lock of the common queue along. The others would wait for it until they
+    are killed too; nobody is interested in what they still hold.
     """
     workers = getattr(iterator, "_workers", ())
     if all(worker.exitcode in (None, 0) for worker in workers):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,7 +136,8 @@ def test_closing_early_leaves_nothing_behind(data, workers):
 
 def kill_workers():
     for child in torch.multiprocessing.active_children():
-        os.kill(child.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(child.pid, signal.SIGKILL)
 
 
 def test_killed_workers_are_started_once_more(data, caplog):
