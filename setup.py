@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 setup(
     name="sd-finetune-toolkit",
     version="0.1.0",
-    description="Fine-tune Stable Diffusion: DreamBooth, LoRA, full fine-tuning, textual inversion",
+    description="Fine-tune Stable Diffusion and Stable Cascade: DreamBooth, LoRA, full fine-tuning, textual inversion",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -22,6 +22,11 @@ setup(
         "train_textual_inversion_XTI",
         "gen_img",
         "sdxl_gen_img",
+        "stable_cascade_gen_img",
+        "stable_cascade_train_c_control_net",
+        "stable_cascade_train_c_network",
+        "stable_cascade_train_stage_b",
+        "stable_cascade_train_stage_c",
         "quickstart",
     ],
     install_requires=[
@@ -36,6 +41,8 @@ setup(
         "numpy",
         "opencv-python",
         "pillow>=11.3",
+        "pyyaml",
+        "regex",
         "scipy",
         "tensorboard",
         "toml",
@@ -50,6 +57,8 @@ setup(
         "peft": ["peft"],
         "tagger": ["onnxruntime"],
         "remote": ["fsspec", "s3fs", "aiohttp"],
+        "streaming": ["webdataset>=1.0"],
+        "identity": ["onnxruntime"],
         "optimizers": ["dadaptation", "lion-pytorch", "prodigyopt", "schedulefree"],
     },
 )

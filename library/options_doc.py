@@ -1,4 +1,4 @@
-"""Writes docs/options.md, docs/gen_img_options.md and docs/tool_options.md from the declarations.
+"""Writes the pages of options in docs/ from the declarations.
 
 Run as `python -m library.options_doc` beside the entry scripts.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ from library.retired import NO_EFFECT_IN, SPELLINGS
 SCRIPTS = ("train_db", "fine_tune", "train_network", "train_textual_inversion")
 """Entry scripts whose options are documented."""
 
+CASCADE_SCRIPTS = (
+    "stable_cascade_train_stage_c",
+    "stable_cascade_train_c_network",
+    "stable_cascade_train_c_control_net",
+    "stable_cascade_train_stage_b",
+)
+"""Entry scripts that train Stable Cascade, which have a page of their own."""
+
 PICTURE_SCRIPTS = ("gen_img", "stable_cascade_gen_img")
 """Entry scripts that make pictures, which have a page of their own."""
 
@@ -28,13 +37,12 @@ TOOL_FOLDERS = ("finetune", "networks", "tools")
 """Folders of tools: files in them that declare `class Options` are documented."""
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGET = ROOT / "docs" / "options.md"
-PICTURES_TARGET = ROOT / "docs" / "gen_img_options.md"
-TOOLS_TARGET = ROOT / "docs" / "tool_options.md"
 
-_INTRODUCTION = """# Options
+_MADE = "This page is made from the declarations in the code: edit those and run `python -m library.options_doc`."
 
-This page is made from the declarations in the code: edit those and run `python -m library.options_doc`.
+_TRAINING = f"""# Options
+
+{_MADE}
 
 Every option can also stand in a TOML file that `--config_file` names (`learning_rate = 1e-6`, flags as
 `enable_bucket = true`; tables are allowed and their names mean nothing). The command line wins over the file. A flag
@@ -42,20 +50,28 @@ that the file switches on can be switched off with `--flag=false`. Options may n
 
 *resume* says whether an option may differ when a run is resumed: `exact` options change what is computed, and must be
 the same unless `--resume_override` names them (or their group, the heading); `free` ones may change.
+
+The scripts for Stable Cascade have [a page of their own](stable_cascade_options.md).
 """
 
+_CASCADE = f"""# Options for training Stable Cascade
 
-_PICTURES_INTRODUCTION = """# Options for making pictures
+{_MADE}
 
-This page is made from the declarations in the code: edit those and run `python -m library.options_doc`.
+[The guide](stable_cascade.md) says what to do with them. Files of options, switching off flags and the column *resume*
+work as [on the page of the other scripts](options.md); `--config_file` also takes the YAML files of the official code.
+"""
+
+_PICTURES = f"""# Options for making pictures
+
+{_MADE}
 
 Options may not be abbreviated. Many of them can also stand in a prompt, where they win: see [the guide](gen_img.md).
 """
 
+_TOOLS = f"""# Options of the tools
 
-_TOOLS_INTRODUCTION = """# Options of the tools
-
-This page is made from the declarations in the code: edit those and run `python -m library.options_doc`.
+{_MADE}
 
 Tools run from any folder (`python path/to/tools/NAME.py`) and, from the folder of this project, as modules
 (`python -m tools.NAME`). Words without dashes in front are given by their place. Options may not be abbreviated. A tool
@@ -63,19 +79,28 @@ writes its result completely or not at all, and ends with status 2 and one line 
 """
 
 
-def document(sets: Mapping[str, type[OptionSet]]) -> str:
-    """Return the page for training scripts by name."""
-    return _INTRODUCTION + "".join(_script(name, options_class) for name, options_class in sets.items())
+@dataclass(frozen=True)
+class Page:
+    """A page of options: its file in docs/, what it begins with, and the modules whose options it tells."""
 
+    name: str
+    introduction: str
+    modules: Callable[[], Sequence[str]]
+    resume: bool = False
 
-def tool_document(sets: Mapping[str, type[OptionSet]]) -> str:
-    """Return the page for tools by the name of their module."""
-    return _TOOLS_INTRODUCTION + "".join(_tool(name, options_class) for name, options_class in sets.items())
+    @property
+    def target(self) -> Path:
+        """Where the page lies."""
+        return ROOT / "docs" / self.name
 
+    def option_sets(self) -> dict[str, type[OptionSet]]:
+        """Import the modules, which must be on the path, and return their options by name."""
+        return {name: _declared_in(name) for name in self.modules()}
 
-def picture_document(sets: Mapping[str, type[OptionSet]]) -> str:
-    """Return the page for scripts that make pictures, by name."""
-    return _PICTURES_INTRODUCTION + "".join(_tool(name, options_class) for name, options_class in sets.items())
+    def text(self) -> str:
+        """Return the whole page."""
+        section = _script if self.resume else _tool
+        return self.introduction + "".join(section(name, declared) for name, declared in self.option_sets().items())
 
 
 def _tool(module: str, options_class: type[OptionSet]) -> str:
@@ -151,16 +176,6 @@ def _others(conditions: Mapping[str, tuple[Any, ...]]) -> str:
     )
 
 
-def option_sets() -> dict[str, type[OptionSet]]:
-    """Import the entry scripts, which must be on the path, and return their options."""
-    return {name: _declared_in(name) for name in SCRIPTS}
-
-
-def picture_option_sets() -> dict[str, type[OptionSet]]:
-    """Import the scripts that make pictures, which must be on the path, and return their options."""
-    return {name: _declared_in(name) for name in PICTURE_SCRIPTS}
-
-
 def tool_modules() -> list[str]:
     """Return the modules below `TOOL_FOLDERS` that declare options, found without importing them."""
     return [
@@ -174,9 +189,13 @@ def tool_modules() -> list[str]:
     ]
 
 
-def tool_option_sets() -> dict[str, type[OptionSet]]:
-    """Import the tools and return their options by module."""
-    return {name: _declared_in(name) for name in tool_modules()}
+PAGES = (
+    Page("options.md", _TRAINING, lambda: SCRIPTS, resume=True),
+    Page("stable_cascade_options.md", _CASCADE, lambda: CASCADE_SCRIPTS, resume=True),
+    Page("gen_img_options.md", _PICTURES, lambda: PICTURE_SCRIPTS),
+    Page("tool_options.md", _TOOLS, tool_modules),
+)
+"""Every page that `main` writes."""
 
 
 def _declared_in(module: str) -> type[OptionSet]:
@@ -188,9 +207,8 @@ def main() -> None:
     """Write all pages."""
     from library.files import write_text
 
-    write_text(TARGET, document(option_sets()))
-    write_text(PICTURES_TARGET, picture_document(picture_option_sets()))
-    write_text(TOOLS_TARGET, tool_document(tool_option_sets()))
+    for page in PAGES:
+        write_text(page.target, page.text())
 
 
 if __name__ == "__main__":

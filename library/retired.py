@@ -123,7 +123,8 @@ _BY_OWNER = {
     "ControlNets for Stable Cascade (stable_cascade_train_c_control_net.py)": """
         controlnet_filter controlnet_filter_params controlnet_blocks controlnet_bottleneck_mode
         controlnet_checkpoint_path controlnet_backbone_path""",
-    "training Stable Diffusion; for Stable Cascade, --stage_c_checkpoint_path or --stage_b_checkpoint_path is the model": """
+    "Stable Diffusion (train_db.py, fine_tune.py, train_network.py, train_textual_inversion.py); Stable Cascade has "
+    "--stage_c_checkpoint_path and --stage_b_checkpoint_path": """
         pretrained_model_name_or_path v2 v_parameterization""",
     "training of other model families": """
         clip_l clip_g t5xxl t5xxl_device t5xxl_dtype t5xxl_max_token_length ae save_clip save_t5xxl apply_t5_attn_mask

@@ -107,7 +107,7 @@ def _entries(chosen: ConvertOptions) -> list[Entry] | None:
     from library.checkpoints.cascade_lora_export import known_config
     from library.checkpoints.headers import file_kind, read_header
 
-    if file_kind(Path(chosen.src)) != "safetensors":
+    if Path(chosen.src).is_dir() or file_kind(Path(chosen.src)) != "safetensors":
         return None
     shapes = read_header(Path(chosen.src)).shapes
     own = known_config(chosen.stage_c_checkpoint_path)

@@ -173,9 +173,8 @@ def cascade_models(folder: Path, files: CascadeFiles) -> None:
         shutil.copy(getattr(files, part), folder / f"{name}.safetensors")
 
 
-def cascade_place(folder: Path, files: CascadeFiles) -> None:
-    """Put models and photographs where docs/stable_cascade.md has them."""
-    cascade_models(folder / "models", files)
+def cascade_data(folder: Path) -> None:
+    """Put photographs where docs/stable_cascade.md has them."""
     copy_photographs(folder / "photos" / "1_all", sources=("bear", "car", "duck", "robot"), captions=True)
     copy_photographs(folder / "duck" / "10_a photo of [zduck]", sources=("duck",))
     copy_photographs(folder / "toys" / "1_a photo of a toy", sources=("robot",))
@@ -206,7 +205,8 @@ def main(argv: Sequence[str]) -> None:
     if argv[1:] == ["stable_cascade"]:
         from library.models.random_cascade import make_random_cascade
 
-        cascade_place(folder, make_random_cascade(folder / "parts"))
+        cascade_models(folder / "models", make_random_cascade(folder / "parts"))
+        cascade_data(folder)
         return
     copy_photographs(folder / "photos", sources=("bear", "car", "duck", "robot"), each=5)
     describing_models(folder)

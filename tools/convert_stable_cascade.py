@@ -163,7 +163,9 @@ def _load(part: str, path: str) -> LoadedPart[Any]:
     from library.checkpoints import load_cascade
 
     if part in ("stage_c", "stage_b"):
-        return load_cascade.load_stage(path, part[-1])
+        from library.models.cascade.file_fit import open_complete_stage
+
+        return open_complete_stage(path, part[-1])
     loaders: dict[str, Any] = {
         "stage_a": load_cascade.load_stage_a,
         "effnet": load_cascade.load_effnet,

@@ -137,7 +137,9 @@ class CaptionGetter:
         elif getter.isidentifier() and getter != "x":
             # A bare name would be an expression that changes nothing: it is meant as the name of a getter.
             near = nearest(getter, ("identity",), cutoff=0.6)
-            raise UserError(f"there is no getter {getter!r}", f"Did you mean {near}?" if near else _GETTERS, where=where)
+            raise UserError(
+                f"there is no getter {getter!r}", f"Did you mean {near}?" if near else _GETTERS, where=where
+            )
         elif getter.startswith("alt(") and getter.endswith(")"):
             self._paths = tuple(_weighted(part, where) for part in getter[4:-1].split(","))
         else:

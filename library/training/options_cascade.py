@@ -201,6 +201,10 @@ class StageCOptions(CascadeTrainingOptions):
         yield from super().warn_together()
         if self.precision.mixed_precision == "fp16":
             yield Problem("--mixed_precision", "fp16 makes stage C overflow", "Use bf16.")
+        # The original trainer's files always name one.
+        typed = self.given.get("previewer_checkpoint_path") == COMMAND_LINE
+        if typed and not self.sample.sample_prompts:
+            yield Problem("--previewer_checkpoint_path", "has no effect without --sample_prompts")
 
     def renderer(self, family: ModelFamily, autocast: Callable[[], AbstractContextManager[None]]) -> Renderer:
         """Return what draws sample pictures by stage C and the previewer."""

@@ -1,6 +1,5 @@
 """What the guides for users show must work: command lines parse, options and keys exist, links lead somewhere."""
 
-import importlib
 import re
 import shlex
 from pathlib import Path
@@ -13,7 +12,7 @@ from library.inference.prompt_options import GENERATION
 from library.inference.prompts import PROMPT_OPTIONS, load_prompts
 from library.option_groups import options_of
 from library.option_parser import read
-from library.options_doc import option_sets, picture_option_sets, tool_option_sets
+from library.options_doc import PAGES
 from library.quickstart_options import QuickstartOptions
 from tests import guides
 from tests.conftest import ROOT
@@ -35,10 +34,9 @@ GUIDES = [
     DOCS / "stable_cascade.md",
     ROOT / "CONTRIBUTING.md",
 ]
-CASCADE = [f"stable_cascade_train_{what}" for what in ("stage_c", "stage_b", "c_network", "c_control_net")]
-TRAINED = option_sets() | {name: importlib.import_module(name).Options for name in CASCADE}
-SCRIPTS = TRAINED | picture_option_sets()
-TOOLS = tool_option_sets()
+TRAINED, CASCADE, PICTURES, TOOLS = (page.option_sets() for page in PAGES)
+TRAINED |= CASCADE
+SCRIPTS = TRAINED | PICTURES
 FROM_ACCELERATE = {"num_cpu_threads_per_process", "multi_gpu", "num_processes"}
 FROM_ELSEWHERE = {"help", "logdir", "local", "exclude", "sort", "caption_extention"}
 """Options of every program, of TensorBoard, of `hf download` (--local-dir, --exclude) and tar, and an old spelling."""

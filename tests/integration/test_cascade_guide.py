@@ -34,13 +34,20 @@ SCRIPTS = {
 
 
 @pytest.fixture
-def place(tmp_path, tiny_cascade, monkeypatch) -> Path:
-    """Models and photographs where the guide has them; the working folder."""
+def models(tmp_path, tiny_cascade, monkeypatch) -> Path:
+    """Models where guide and examples have them; the working folder."""
     monkeypatch.chdir(tmp_path)
-    guides.cascade_place(tmp_path, tiny_cascade)
+    guides.cascade_models(tmp_path / "models", tiny_cascade)
+    return tmp_path
+
+
+@pytest.fixture
+def place(models, monkeypatch) -> Path:
+    """Photographs where the guide has them."""
+    guides.cascade_data(models)
     small = {**cascade_configs.CONFIGS, ("c", "1B"): replace(TINY_C, blocks_down=(1, 2), blocks_up=(2, 1))}
     monkeypatch.setattr("library.models.cascade.sources.CONFIGS", small)
-    return tmp_path
+    return models
 
 
 def picture(folder: str) -> np.ndarray:
@@ -86,11 +93,10 @@ def test_the_guide_s_table_has_every_key():
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.yaml")))
-def test_every_key_of_an_example_is_accepted(place, name):
+def test_every_key_of_an_example_is_accepted(models, name):
     script = next(script for start, script in SCRIPTS.items() if name.startswith(start))
-    (place / "data").mkdir()
-    (place / "data" / "dataset.tar").touch()
-    for folder in ("cats", "other_cats"):
-        (place / folder).mkdir()
+    for folder in ("data", "cats", "other_cats"):
+        (models / folder).mkdir()
+    (models / "data" / "dataset.tar").touch()
     found = parse(importlib.import_module(script).Options, [str(EXAMPLES / name)])
     assert not [warning for warning in found.warnings if "key" in str(warning)]

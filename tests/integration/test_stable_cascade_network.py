@@ -4,10 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+import stable_cascade_gen_img
 import stable_cascade_train_c_network as script
 from library.checkpoints.embedding_file import read_embedding
 from library.checkpoints.headers import read_header
@@ -74,7 +77,10 @@ def train(models, photos, out, *more):
 
 def test_what_training_shows_is_what_its_file_draws(models, photos, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    lines = ["a photo of [fernando] --w 128 --h 128 --s 2 --d 1", "(a:1.3) [Fernando] --w 192 --h 128 --s 3 --d 2 --f 1.5"]
+    lines = [
+        "a photo of [fernando] --w 128 --h 128 --s 2 --d 1",
+        "(a:1.3) [Fernando] --w 192 --h 128 --s 3 --d 2 --f 1.5",
+    ]
     prompts.write_text("\n".join(lines), encoding="utf-8")
     preview = f"--previewer_checkpoint_path={models.previewer}"
     tokens = ("--train_tokens", "[fernando]=^dog</w>", "^photo</w>", "--network_train_unet_only")

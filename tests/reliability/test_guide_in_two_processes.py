@@ -13,7 +13,8 @@ GUIDE = DOCS / "stable_cascade.md"
 
 def test_commands_for_several_gpus(fork_server, tiny_cascade, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    guides.cascade_place(tmp_path, tiny_cascade)
+    guides.cascade_models(tmp_path / "models", tiny_cascade)
+    guides.cascade_data(tmp_path)
     guides.write_files(GUIDE, tmp_path)
     guides.pack(tmp_path / "dataset.tar", tmp_path / "dataset")
     lines = [line for line in guides.ours(GUIDE) if "--num_processes 2" in line]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -56,10 +57,9 @@ def place(tmp_path, monkeypatch):
 
 def options(script: str, text: str = "", *words: str, without: tuple[str, ...] = ()):
     """Return the options of a script for a small file with further lines, and typed words."""
-    with open("run.yaml", "w", encoding="utf-8") as file:
-        lines = {**LEAST, **MORE[script]}
-        file.write("\n".join(f"{key}: {value}" for key, value in lines.items() if key not in without))
-        file.write(f"\n{text}\n")
+    lines = {**LEAST, **MORE[script]}
+    rows = [f"{key}: {value}" for key, value in lines.items() if key not in without]
+    Path("run.yaml").write_text("\n".join([*rows, text, ""]), encoding="utf-8")
     return parse(SCRIPTS[script].Options, ["run.yaml", *words])
 
 
@@ -218,7 +218,11 @@ WRONG = [
     ("c", "edm_objective: False", "edm_objective: no version"),
     ("c", "multi_aspect_ratio: 16:9", "multi_aspect_ratio: expected a list"),
     ("c", "multi_aspect_ratio: [1/0]", "'1/0' is no ratio"),
-    ("c", "bucketeer_random_ratio: 2\nmulti_aspect_ratio: [1/1]", "bucketeer_random_ratio: bucket_random_ratio: must be between 0 and 1"),
+    (
+        "c",
+        "bucketeer_random_ratio: 2\nmulti_aspect_ratio: [1/1]",
+        "bucketeer_random_ratio: bucket_random_ratio: must be between 0 and 1",
+    ),
     ("c", "ema_beta: 1", "1.0 would never let the average change"),
     ("c", "ema_iters: 100", "ema_iters: needs ema_beta"),
     ("c", "save_every: often", "save_every: expected a number"),

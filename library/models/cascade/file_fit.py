@@ -53,13 +53,22 @@ def check_file_fit(model: CascadeModelOptions) -> None:
         require()
 
 
+def open_complete_stage(path: str | Path, stage: str) -> load_cascade.LoadedPart[CascadeConfig]:
+    """Open the file or folder of stage `c` or `b`, and refuse one that lacks tensors.
+
+    Raises:
+        UserError: it is damaged, another part, or incomplete.
+    """
+    opened = load_cascade.load_stage(path, stage)
+    _require_complete(CascadeUNet, opened.config, opened.tensors, f"stage {stage.upper()} in {path}")
+    return opened
+
+
 def _stage_config(model: CascadeModelOptions) -> CascadeConfig:
     path = _local(model.stage_path)
     if path is None:
         return sources.CONFIGS[model.stage, model.model_version or ""]  # type: ignore[index]
-    stage = load_cascade.load_stage(path, model.stage)
-    _require_complete(CascadeUNet, stage.config, stage.tensors, f"stage {model.stage.upper()} in {path}")
-    return stage.config
+    return open_complete_stage(path, model.stage).config
 
 
 def _local(name: str | None) -> Path | None:
