@@ -25,9 +25,9 @@ def train(opts: Options) -> None:
     """Train stage C, the text encoder, or both."""
     from library.models.cascade.specs import STAGE_C
     from library.models.cascade.stage_c import StageC
-    from library.training.cascade_training import train_stage
+    from library.training.cascade_training import tell_drawn_size, train_stage
 
-    train_stage(opts, STAGE_C, StageC)
+    train_stage(opts, STAGE_C, StageC, tell_drawn_size)
 
 
 def main(argv: list[str] | None = None) -> None:

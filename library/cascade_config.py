@@ -74,9 +74,7 @@ def read(name: str, *, stage: str, offered: Collection[str], typed: Collection[s
     return ForeignConfig(values, tuple(notes))
 
 
-def read_for_pictures(
-    name: str, *, second: str | None, offered: Collection[str], typed: Collection[str]
-) -> ForeignConfig | None:
+def read_for_pictures(name: str, *, second: str | None, offered: Collection[str]) -> ForeignConfig | None:
     """Return the options for making pictures that YAML files stand for; None when `name` is none.
 
     The original program has one file for stage C and another for stage B. What only a training needs is passed over.
@@ -85,7 +83,6 @@ def read_for_pictures(
         name: of the first file.
         second: of a second one, whose keys win.
         offered: names of the script's options, which may be keys as well.
-        typed: options on the command line.
 
     Raises:
         UserError: a file is wrong, or both are for the same stage.
@@ -115,7 +112,7 @@ def read_for_pictures(
         left = dict.fromkeys(key for option, key in keys.items() if option not in used)
         if left:
             notes.append(f"{path}: keys that only trainings need are passed over: {', '.join(left)}")
-    return ForeignConfig({option: value for option, value in values.items() if option not in typed}, tuple(notes))
+    return ForeignConfig(values, tuple(notes))
 
 
 def _stage_of(config: Mapping[str, Any]) -> str:

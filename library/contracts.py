@@ -29,7 +29,8 @@ class FamilySpec:
     """What the data side and the option checks must know of a model family before any model is loaded.
 
     `latent_cache_sized`: names of latent caches tell the size of the image (`a_0512x0768_sd.npz`), and `a.npz`, the
-    oldest form, may hold such latents too. `side_multiple`: what sides of pictures are multiples of without buckets, too.
+    oldest form, may hold such latents too.
+    `side_multiple`: what sides of pictures are multiples of without buckets, too.
     `text_cache_half`: outputs of text encoders that run in bfloat16 fit float16 and are kept in that, at half the size.
     `foreign_latents`: what to know of latent caches that tell no origin.
     `smallest_side`: of a picture in pixels, below which nothing would be left of it inside the model.

@@ -302,7 +302,7 @@ class CascadeGenerationOptions(
     def foreign_config(cls, name: str, typed: Mapping[str, Any]) -> ForeignConfig | None:
         """Read YAML files of the original program."""
         offered = {option.name for option in cls.options().values() if option.offered}
-        return cascade_config.read_for_pictures(name, second=typed.get("config_file_b"), offered=offered, typed=typed)
+        return cascade_config.read_for_pictures(name, second=typed.get("config_file_b"), offered=offered)
 
     def check_together(self) -> Iterator[Problem]:
         """Times of guidance must be in order, and one process draws."""

@@ -6,6 +6,8 @@ import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from library.contracts import FamilySpec
     from library.data.dataset import TrainingData
     from library.models.cascade.base import CascadeFamily
@@ -27,8 +29,19 @@ def tell_drawn_size(data: TrainingData) -> None:
     logger.info(what, *trained, *drawn)
 
 
-def train_stage(opts: StageTuneOptions, spec: FamilySpec, family_class: type[CascadeFamily]) -> None:
+def train_stage(
+    opts: StageTuneOptions,
+    spec: FamilySpec,
+    family_class: type[CascadeFamily],
+    tell: Callable[[TrainingData], None] = lambda data: None,
+) -> None:
     """Files, then data, then models: what is cheap to check fails before anything expensive starts.
+
+    Args:
+        opts: of the script.
+        spec: of the stage that is trained.
+        family_class: of the stage.
+        tell: says what is to be known about the data of this stage.
 
     Raises:
         UserError: something is wrong with options, data or models.
@@ -48,8 +61,7 @@ def train_stage(opts: StageTuneOptions, spec: FamilySpec, family_class: type[Cas
     from library.training.methods.full import FullTune
     from library.training.run import Run
 
-    if spec.name == "stable_cascade":
-        tell_drawn_size(data)
+    tell(data)
     with Run(opts, data) as run:
         weights = run.weight_plan(opts.tune.trained_parts)
         family = family_class.load(opts.model, opts.text, opts.memory, spec=spec, weights=weights, seed=run.seed)

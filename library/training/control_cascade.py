@@ -79,6 +79,8 @@ class ControlPlan:
         chosen = opts.control_net
         name = chosen.controlnet_filter or ""
         maker = make_filter(name, chosen.controlnet_filter_params)
+        with named_by("--controlnet_filter_params"):
+            getattr(maker, "open_files", lambda: None)()
         stage = load_stage(opts.model.stage_path or "", "c", version=opts.model.model_version).config
         count, width = stage.residual_blocks, stage.c_hidden[0]
         if set(stage.c_hidden) != {width}:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from library.data.options import CacheOptions, DatasetOptions, LoaderOptions, SubsetOptions
 from library.errors import Problem
+from library.inference.prompt_options import TRAINING_SAMPLES, Place
 from library.models.options import MemoryOptions, ModelOptions, TextOptions
 from library.option_groups import OptionGroup, OptionSet, opt
-from library.inference.prompt_options import TRAINING_SAMPLES, Place
 from library.option_parser import ConfigOptions
 from library.training.fsdp_checks import launcher_problems
 from library.training.options_ema import EmaOptions

@@ -108,4 +108,5 @@ def test_the_documented_command_line_parses(tmp_path):
     found = parse(stable_cascade_train_stage_c.Options, shlex.split(line))
     assert found.cascade.adaptive_loss_weight
     assert found.optimizer.learning_rate == 1e-4
-    assert not found.warnings
+    # It names a previewer, and no prompts that it could show.
+    assert [warning.where for warning in found.warnings] == ["--previewer_checkpoint_path"]

@@ -137,6 +137,7 @@ def refused(place, tmp_path, monkeypatch, capsys):
 
 C, TEXT, EFFNET = "--stage_c_checkpoint_path", "--text_model_checkpoint_path", "--effnet_checkpoint_path"
 B, A, PREVIEWER = "--stage_b_checkpoint_path", "--stage_a_checkpoint_path", "--previewer_checkpoint_path"
+SALIENCY = "--controlnet_filter=inpaint --controlnet_filter_params saliency_model_path"
 
 FILES = [
     ("c", f"{C}=m/stage_b.safetensors", f"{C} m/stage_b.safetensors: is Stable Cascade: stage B, not stage C", B),
@@ -170,6 +171,8 @@ FILES = [
         "system",
     ),
     ("control", "--controlnet_checkpoint_path=m/stage_c.safetensors", "--controlnet_checkpoint_path", "is Stable Cas"),
+    ("control", f"{SALIENCY}=hostile.ckpt", "--controlnet_filter_params hostile.ckpt: refused", "system"),
+    ("control", f"{SALIENCY}=m/stage_a.safetensors", "--controlnet_filter_params", "is no saliency model"),
     ("control", "--controlnet_backbone_path=m/previewer.safetensors", "holds no EfficientNet", "--controlnet_backbone"),
     ("draw", f"{C}=m/stage_b.safetensors", "stage B, not stage C", B),
     ("draw", f"{A}=m/effnet_encoder.safetensors", A, "the EfficientNet encoder, not stage A"),

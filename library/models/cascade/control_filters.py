@@ -157,6 +157,17 @@ class InpaintFilter(PlainFilter):
 
         return saliency_problem(self.saliency_model_path)
 
+    def open_files(self) -> None:
+        """Read the saliency model, if there is one.
+
+        Raises:
+            UserError: it cannot be used.
+        """
+        if self.saliency_model_path is not None:
+            from library.models.cascade.control_saliency import open_saliency
+
+            open_saliency(self.saliency_model_path)
+
     def prepare(self, picture: Picture, rng: random.Random, mask: NDArray[np.bool_] | None = None) -> Array:
         """Choose a part, unless it is given, and paint it over."""
         # Drawn in this order whatever they are used for: an option changes no draw but its own.

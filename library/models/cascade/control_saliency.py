@@ -30,6 +30,16 @@ def saliency_problem(path: str) -> str:
     return f"saliency_model_path: {wrong}" if wrong else ""
 
 
+def open_saliency(path: str) -> None:
+    """Read the model now, so that a wrong file is known before training starts; an ONNX file is left for later.
+
+    Raises:
+        UserError: it is damaged, or another kind of model.
+    """
+    if Path(path).suffix.lower() != ".onnx":
+        _network(path)
+
+
 def saliency(path: str, picture: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return a rough map [h,w] of what matters in a picture [H,W,3], about 0 to 1.
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from library.checkpoints.load_cascade import load_control_net
+from library.errors import UserError
 from library.inference.cascade import CASCADE_DEFAULTS, CascadeRenderer, CascadeSettings, latent_size
 from library.inference.cascade_control import ControlPictures, ControlSource
 from library.inference.cascade_decoders import PreviewDecoder, StageBDecoder, StageBSettings
@@ -204,6 +205,27 @@ def test_a_session_frees_what_it_loaded(parts, family):
     with renderer.session():
         renderer.render([CAT])
     assert previewer.loaded
+
+
+def test_stages_of_another_structure_than_the_wanted_one_are_refused(files, monkeypatch):
+    wanted = []
+
+    def load(path, stage, *, version=None):
+        wanted.append((stage, version))
+        raise UserError("is another one", where=str(path))
+
+    monkeypatch.setattr("library.checkpoints.load_cascade.load_stage", load)
+    options = CascadeFileOptions(
+        stage_c_checkpoint_path=str(files.stage_c),
+        stage_b_checkpoint_path=str(files.stage_b),
+        model_version="1B",
+        model_version_b="700M",
+    )
+    opened = CascadeParts(options, Placement(CPU, CPU, torch.float32))
+    for open_it in (opened.stage_c, opened.stage_b):
+        with pytest.raises(UserError, match="is another one"):
+            open_it()
+    assert wanted == [("c", "1B"), ("b", "700M")]
 
 
 def test_values_that_are_no_numbers_are_told(parts, family):

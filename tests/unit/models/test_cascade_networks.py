@@ -1,13 +1,16 @@
 """What Stable Cascade networks promise besides their numbers: precision, dropout, fresh weights, memory, control."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from library.checkpoints.cascade_configs import CONFIGS
 from library.checkpoints.cascade_parts import ControlNetConfig, EffNetConfig, PreviewerConfig, check_control_blocks
 from library.errors import UserError
+from library.models.assemble import build_module
 from library.models.cascade import unet
 from library.models.cascade.control_net import add_controls, new_control_net
 from library.models.cascade.effnet import EffNetEncoder
@@ -287,3 +290,16 @@ def test_batch_statistics_of_a_training_control_net_stay():
     before = {name: buffer.clone() for name, buffer in control.named_buffers()}
     control(noise(2, 1, 64, 64))
     assert all(torch.equal(buffer, before[name]) for name, buffer in control.named_buffers())
+
+
+def test_thirds_of_one_tensor_change_one_by_one():
+    """Files keep queries, keys and values in one tensor; an update of one is none of the others for autograd."""
+    packed = torch.zeros(6, 2)
+    tensors = {f"{number}.weight": packed[2 * number : 2 * number + 2] for number in range(3)}
+    make = partial(build_module, lambda: nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(3))), tensors)
+    layers = make(what="layers", device=torch.device("cpu"), dtype=torch.float32)
+    before = layers[1].weight._version
+    with torch.no_grad():
+        layers[0].weight.add_(1)
+    assert layers[1].weight._version == before
+    assert layers[1].weight.data_ptr() == packed[2:].data_ptr()

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -177,3 +178,14 @@ resolution = 512
 def test_bad_options(tmp_path, capsys, options, message):
     assert run(*(option.format(folder=tmp_path) for option in options)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_tar_files_are_refused_in_a_line(tmp_path, capsys):
+    tarfile.open(tmp_path / "a.tar", "w").close()
+    config = tmp_path / "data.toml"
+    config.write_text(
+        f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nwebdataset_path = '{tmp_path / 'a.tar'}'\n"
+    )
+    assert run("--dataset_config", config) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "pictures in tar files are not checked by this tool" in line
