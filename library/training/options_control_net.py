@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from library.errors import Problem
-from library.models.cascade.control_choice import FILTER, filter_params, filter_problems, is_folder_filter, is_own
+from library.models.cascade.control_names import FILTER, filter_params, is_folder_filter, is_own
 from library.models.cascade.options import TrainedStageCModelOptions
 from library.option_groups import COMMAND_LINE, OptionGroup, opt
 from library.training.checks import must_exist
@@ -73,6 +73,8 @@ class ControlNetOptions(OptionGroup, title="ControlNet"):
         if self.controlnet_filter is None:
             yield Problem(FILTER, "is required", "Name one, such as canny.")
         else:
+            from library.models.cascade.control_choice import filter_problems
+
             yield from filter_problems(self.controlnet_filter, self.controlnet_filter_params)
         yield from must_exist("--controlnet_checkpoint_path", self.controlnet_checkpoint_path)
         yield from must_exist("--controlnet_backbone_path", self.controlnet_backbone_path)

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from library.errors import Problem, UserError, raise_problems
 from library.models.cascade.control_filters import (
     FILTERS,
-    OFFICIAL_NAMES,
     Array,
     ControlFilter,
     Encode,
@@ -31,6 +30,7 @@ from library.models.cascade.control_filters import (
     PlainFilter,
     levels,
 )
+from library.models.cascade.control_names import FILTER, OFFICIAL_NAMES, PARAMS, is_own
 from library.option_values import BadValue, convert, nearest, number_pair, split_optional
 
 if TYPE_CHECKING:
@@ -38,19 +38,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FILTER, PARAMS = "--controlnet_filter", "--controlnet_filter_params"
 _SPELLINGS = {"thresold": "threshold"}
 _NOTHING = ("null", "none", "None")
-
-
-def is_own(name: str) -> bool:
-    """Whether a name stands for a class of the user's own, `module:Class` or `package.module.Class`."""
-    return ":" in name or "." in name
-
-
-def is_folder_filter(name: str) -> bool:
-    """Whether a filter takes ready pictures of a folder."""
-    return OFFICIAL_NAMES.get(name, name) == "folder"
 
 
 def filter_problems(name: str, params: Sequence[str]) -> Iterator[Problem]:
@@ -87,20 +76,6 @@ def make_filter(name: str, params: Sequence[str] = ()) -> ControlFilter:
         return _own_filter(_dotted(name), given)
     made: ControlFilter = _made(_class_of(name), given)[0]
     return made
-
-
-def filter_params(value: Any) -> tuple[str, ...]:
-    """Read `--controlnet_filter_params`: a list of `name=value`, or a table of a configuration file.
-
-    Raises:
-        BadValue: it is something else.
-    """
-    if isinstance(value, Mapping):
-        return tuple(f"{name}={json.dumps(item)}" for name, item in value.items())
-    items = value if isinstance(value, (list, tuple)) else [value]
-    if not all(isinstance(item, str) for item in items):
-        raise BadValue(f"expected name=value, got {value!r}")
-    return tuple(items)
 
 
 # Parameters --------------------------------------------------------------------------------------------------------

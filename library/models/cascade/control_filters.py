@@ -272,15 +272,6 @@ FILTERS: dict[str, Callable[[], type[Any]]] = {
 }
 """Name -> what returns the class of the filter."""
 
-OFFICIAL_NAMES = {
-    "CannyFilter": "canny",
-    "InpaintFilter": "inpaint",
-    "IdentityFilter": "identity",
-    "SREffnetFilter": "sr_effnet",
-    "SRFilter": "sr",
-}
-"""Names in official configuration files -> ours."""
-
 
 # Pixels ------------------------------------------------------------------------------------------------------------
 

@@ -11,8 +11,9 @@ from torch.nn import functional
 
 from library.data.images import load_image
 from library.errors import UserError
-from library.models.cascade.control_choice import filter_params, filter_problems, make_filter
+from library.models.cascade.control_choice import filter_problems, make_filter
 from library.models.cascade.control_masks import MaskShapes, random_mask
+from library.models.cascade.control_names import filter_params
 from library.models.cascade.control_saliency import _make
 from library.option_values import BadValue
 from tests.conftest import PHOTOS

@@ -17,7 +17,7 @@ from library.training.options_network import NetworkTrainingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(NetworkTrainingOptions, script="train_network"):
+class Options(NetworkTrainingOptions, script="train_network", leave_out=("use_safetensors",)):
     """Everything that train_network.py accepts."""
 
 
