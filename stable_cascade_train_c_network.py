@@ -24,6 +24,7 @@ class Options(StageCNetworkOptions):
 
 def train(opts: Options) -> None:
     """Files, tokens and network module, then data, then models: what is cheap to check comes first."""
+    from library.models.cascade.sources import bare_stage
     from library.models.cascade.specs import STAGE_C, check_cascade_files
     from library.training.cascade_training import KINDS, tell_drawn_size
     from library.training.methods.adapter import NetworkPlan
@@ -35,6 +36,7 @@ def train(opts: Options) -> None:
     if not opts.data.debug_dataset:
         check_cascade_files(opts.model)
         plan = NetworkPlan.of(opts, None if tokens is None else TrainedTokens(tokens))
+        plan.check_layers(bare_stage(opts.model))
     data = open_training_data(opts, STAGE_C, KINDS, None if tokens is None else tokens.tokenizers)
     if data is None or plan is None:
         return

@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 from benchmarks.report import report  # noqa: E402
 from library.checkpoints.cascade_configs import CONFIGS, CascadeConfig  # noqa: E402
 from library.checkpoints.cascade_parts import ControlNetConfig, EffNetConfig, default_control_blocks  # noqa: E402
+from library.contracts import END_ID  # noqa: E402
 from library.models.cascade.control_net import CascadeControlNet  # noqa: E402
 from library.models.cascade.effnet import EffNetEncoder  # noqa: E402
 from library.models.cascade.text import make_projected_text_encoder  # noqa: E402
@@ -47,7 +48,7 @@ BIG_G = {
     "num_attention_heads": 20,
     "num_hidden_layers": 32,
     "projection_dim": 1280,
-    "eos_token_id": 49407,
+    "eos_token_id": END_ID,
 }
 PIXELS = {"c": 768, "b": 1024}
 DOWNSCALE = {"c": 32, "b": 4}
@@ -202,7 +203,7 @@ class Training:
             return StageInputs(torch.randn(batch, config.c_pooled), effnet=small)
         if self.text is None:
             return StageInputs(torch.randn(batch, config.c_pooled), torch.randn(batch, 77, config.c_text or 0))
-        states = self.text(torch.full((batch, 77), 49407))
+        states = self.text(torch.full((batch, 77), END_ID))
         return StageInputs(states.pooled, states.hidden)
 
     def _control(self) -> Any:

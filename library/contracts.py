@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+START_ID, END_ID = 49406, 49407
+"""Tokens around a text of CLIP. Pooled text is what the encoder says at the first end; most models pad with it, too."""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenizerSpec:
     """One CLIP tokenizer of a family: its name, padding id, and whether the pad token occurs in text (`!` of SD2)."""

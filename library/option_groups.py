@@ -58,6 +58,7 @@ class Notes(TypedDict, total=False):
         scope: Levels of a dataset configuration that may hold it ("general", "dataset", "subset").
         kinds: Kinds of dataset that may hold it ("dreambooth", "finetuning", "controlnet").
         toml: Key in a dataset configuration if it is not the field's name.
+        blank: An empty text on the command line is a value, and not the same as leaving the option out.
         repeatable: A list that grows when the option is given again; others begin anew.
     """
 
@@ -82,6 +83,7 @@ class Notes(TypedDict, total=False):
     scope: tuple[str, ...]
     kinds: tuple[str, ...]
     toml: str
+    blank: bool
     repeatable: bool
 
 

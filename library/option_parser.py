@@ -300,7 +300,7 @@ def _store(reading: Reading, option: Option, value: Any, where: str, source: str
 
 
 def _converted(option: Option, value: Any, *, from_file: bool) -> Any:
-    if value == "" and option.optional and (from_file or option.annotation is str):
+    if value == "" and option.optional and (from_file or (option.annotation is str and not option.notes.get("blank"))):
         return None
     if from_file and value is not None and isinstance(value, dict):
         raise BadValue("expected a value, not a table")

@@ -138,10 +138,11 @@ class BlockPlan:
 def block_problems(values: Mapping[str, Any], layout: Layout) -> Iterator[Problem]:
     """Yield what is wrong with the block arguments (as `BLOCK_KEYS` reads them) for a model of this layout."""
     if layout is UNDIVIDED:
-        hint = "Leave it out; module_filters and exclude_patterns choose layers"
+        hint = "Leave it out; module_filters and exclude_patterns choose layers."
         for name in BLOCK_KEYS:
             if values.get(name) is not None:
-                yield Problem(WHERE, f"{name}: stage C of Stable Cascade has no such blocks", hint)
+                what = f"{name} is for the blocks of Stable Diffusion's U-Net, which stage C of Stable Cascade has not"
+                yield Problem(WHERE, what, hint)
         return
     for name in BLOCK_LISTS:
         given = values.get(name)

@@ -66,7 +66,7 @@ class ConvertOptions(OptionGroup, title="conversion"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(OptionSet):
+class Options(OptionSet, leave_out=("train_tokens_init", "embedding_lr")):
     """Everything that convert_stable_cascade_lora.py accepts."""
 
     convert: ConvertOptions
@@ -126,9 +126,10 @@ def _warn_of_words(file: LoraFile) -> None:
 
 def _vectors(options: Options, file: LoraFile) -> Mapping[str, Tensor]:
     """Return the vectors of new words, where the text encoder and what they began with are known."""
-    from library.checkpoints.cascade_lora import WORD_CHANGES
+    from library.checkpoints.cascade_lora import check_word_width, word_changes
 
-    if WORD_CHANGES not in file.bundled:
+    changed = word_changes(file.bundled, options.convert.src)
+    if changed is None:
         return {}
     text = options.convert.text_model_checkpoint_path
     if not text or not options.tokens.train_tokens:
@@ -141,7 +142,8 @@ def _vectors(options: Options, file: LoraFile) -> Mapping[str, Tensor]:
 
     tokens = find_tokens(options.tokens.train_tokens, options.tokens.train_tokens_limit)
     table = load_text(text).tensors[TOKEN_EMBEDDING]
-    found = new_rows(tokens, table, file.bundled)
+    check_word_width(changed[1], table.shape[1], options.convert.src)
+    found = new_rows(tokens, table, *changed)
     if not found:
         raise UserError("is for other rows than those of the words in the file", where="--train_tokens")
     return found

@@ -20,6 +20,7 @@ from library.errors import Problem, UserError, raise_problems
 from networks.adapter_network import AdapterNetwork
 from networks.chance import number_below
 from networks.lora import LoraAdapter, build_network, network_like
+from networks.lora import check_layers as check_layers
 from networks.low_rank import adapted_linear, channel_product, layer_product, limit_product
 from networks.network_args import (
     CONV_KEYS,
@@ -168,7 +169,7 @@ def create_network_from_weights(
 
 
 def check_network_args(
-    network_dim: int | None, network_alpha: float | None, kwargs: Mapping[str, Any]
+    network_dim: int | None, network_alpha: float | None, kwargs: Mapping[str, Any], *, base: str | None = None
 ) -> Iterator[Problem]:
     """Yield what is wrong with the arguments of a network, before any model is loaded."""
     found = list(problems_of(kwargs, KEYS))

@@ -212,6 +212,16 @@ def check_network_args(
     return check_args(KEYS, kwargs, base)
 
 
+def check_layers(unet: Any, kwargs: Mapping[str, Any]) -> None:
+    """See that the arguments leave layers of a model to adapt; it needs no weights.
+
+    Raises:
+        UserError: they leave none.
+    """
+    values = read_arguments({name: value for name, value in kwargs.items() if name in KEYS}, KEYS)
+    network_args.filtered(unet_targets(unet, (*TRANSFORMER_CLASSES, *CONV_CLASSES)), values)
+
+
 # What modules with the same options share ---------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from networks.adapter_base import Adapter
 from networks.adapter_network import AdapterNetwork
 from networks.block_weights import BLOCK_KEYS
 from networks.lora import LoraAdapter, build_network, check_args, network_like
+from networks.lora import check_layers as check_layers
 from networks.network_args import CONV_KEYS, DROPOUT_KEYS, FILTER_KEYS, Keys, read_arguments
 from networks.targets import Target
 

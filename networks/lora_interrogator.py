@@ -68,7 +68,8 @@ def token_changes(
     import torch
     from tqdm import tqdm
 
-    from library.models.tokenizer import START_ID, VOCABULARY_SIZE
+    from library.contracts import START_ID
+    from library.models.tokenizer import VOCABULARY_SIZE
 
     count = VOCABULARY_SIZE if tokens is None else tokens
     changes = torch.empty(count)

@@ -177,7 +177,7 @@ def create_network_from_weights(
 
 
 def check_network_args(
-    network_dim: int | None, network_alpha: float | None, kwargs: Mapping[str, Any]
+    network_dim: int | None, network_alpha: float | None, kwargs: Mapping[str, Any], *, base: str | None = None
 ) -> Iterator[Problem]:
     """Yield what is wrong with the arguments of a network, before any model is loaded."""
     found = list(problems_of(kwargs, KEYS))

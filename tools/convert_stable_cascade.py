@@ -44,6 +44,8 @@ FILE_NAMES = {
 }
 """Parts and the names of their official files."""
 _SUFFIXES = (".safetensors", ".ckpt")
+_OTHER_SUFFIXES = (".bin", ".pt", ".pth", ".sft", ".onnx", ".gguf", ".msgpack", ".h5", ".zip", ".tar")
+"""Of files that other programs write; a folder of such a name would be a mistake. Names of folders may have dots."""
 _STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 """Entries of a header about the bytes of the old file."""
 
@@ -82,6 +84,10 @@ class ConvertOptions(OptionGroup, title="conversion"):
             yield Problem(self.src, "no such file or folder", "Check the path.")
         if self.is_file and self.to == DIFFUSERS:
             yield Problem(self.dst, "is the name of a file, but diffusers reads folders", "Leave out its suffix.")
+        suffix = Path(self.dst).suffix
+        if suffix.lower() in _OTHER_SUFFIXES and not Path(self.dst).is_dir():
+            what = f"{suffix} is no suffix of a file that is written"
+            yield Problem(self.dst, what, f"Give {' or '.join(_SUFFIXES)}, or a folder.")
         yield from check_output("dst", self.dst, (self.src,))
 
 
@@ -102,6 +108,8 @@ def convert(options: ConvertOptions) -> list[Path]:
     from library.checkpoints.save_cascade import COMPONENTS, save_component, save_part
 
     parts = _wanted(options)
+    if options.save_precision == "fp16" and "stage_c" in parts:
+        _log.warning("stage C overflows where programs calculate in the float16 of their files; bf16 is as small")
     written = []
     for part in parts:
         loaded = _load(part, options.src)

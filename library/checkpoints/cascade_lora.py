@@ -68,6 +68,35 @@ def memory_path(path: str) -> str:
     return _DIFFUSERS.sub(lambda found: f".attention.attn.{found[1].replace('to_out.0', 'out_proj')}", path)
 
 
+def word_changes(bundled: Mapping[str, Tensor], where: str) -> tuple[Tensor, Tensor] | None:
+    """Return what a file adds to rows of the text encoder's table; None where it tells nothing of them.
+
+    Returns:
+        Numbers of the rows [n] int64, each once, and what is added to them [n,d] float32.
+
+    Raises:
+        UserError: the two do not belong together.
+    """
+    if not {WORD_IDS, WORD_CHANGES} <= set(bundled):
+        return None
+    ids, changes = bundled[WORD_IDS].long(), bundled[WORD_CHANGES].float()
+    if ids.dim() != 1 or changes.dim() != 2 or len(ids) != len(changes) or len(ids.unique()) != len(ids):
+        raise UserError("what it says about words is damaged", "Fetch or save it again.", where=where)
+    return ids, changes
+
+
+def check_word_width(rows: Tensor, width: int, where: str) -> None:
+    """Refuse rows [n,d] of words that are none of a text encoder of this width.
+
+    Raises:
+        UserError: they have another one.
+    """
+    own = rows.shape[1] if rows.dim() == 2 else 0
+    if own != width:
+        what = f"its words have {own} values, but those of this model have {width}"
+        raise UserError(what, "It was trained for another kind of model.", where=where)
+
+
 # Files of the original trainer -------------------------------------------------------------------------------------
 
 

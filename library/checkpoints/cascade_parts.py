@@ -297,14 +297,17 @@ def control_net_metadata(config: ControlNetConfig) -> dict[str, str]:
 
 def control_filter_metadata(name: str, params: Sequence[str]) -> dict[str, str]:
     """Return what a ControlNet's file says of the filter that it was trained with; paths are left out."""
-    kept = [item for item in params if not item.partition("=")[0].endswith("_path")]
-    return {CONTROL_FILTER_KEY: name, CONTROL_PARAMS_KEY: json.dumps(kept)}
+    return {CONTROL_FILTER_KEY: name, CONTROL_PARAMS_KEY: json.dumps(_without_paths(params))}
+
+
+def _without_paths(params: Sequence[str]) -> list[str]:
+    return [item for item in params if not item.partition("=")[0].endswith("_path")]
 
 
 def stored_control_filter(metadata: Mapping[str, str]) -> tuple[str | None, tuple[str, ...]]:
     """Return name and arguments of the filter that a ControlNet was trained with, as far as its file tells.
 
-    A class of somebody's own is not told: a file must not decide which code is run.
+    A class of somebody's own is not told, nor are paths: a file must not decide which code is run or what is opened.
     """
     name = metadata.get(CONTROL_FILTER_KEY)
     if name is None or not name.isidentifier():
@@ -314,4 +317,4 @@ def stored_control_filter(metadata: Mapping[str, str]) -> tuple[str | None, tupl
     except (ValueError, RecursionError):
         params = None
     usable = isinstance(params, list) and all(isinstance(item, str) for item in params)
-    return name, tuple(params) if usable else ()
+    return name, tuple(_without_paths(params)) if usable else ()

@@ -38,6 +38,7 @@ from library.checkpoints.key_maps_cascade import Part, Table
 from library.checkpoints.load import check_tensors
 from library.checkpoints.single_file import shapes_of
 from library.checkpoints.tensor_files import open_tensors
+from library.contracts import END_ID, START_ID
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,7 +48,6 @@ Tensors = Mapping[str, "Tensor"]
 Config = TypeVar("Config")
 
 TEXT_HEADS_KEY = "stable_cascade.text_heads"
-_END_OF_TEXT = 49407
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,9 +207,9 @@ def _text_config(tensors: Tensors, opened: _Opened) -> dict[str, Any]:
         "num_attention_heads": heads,
         "projection_dim": tensors[keys.TEXT_PROJECTION].shape[0],
         # Given explicitly: the old default of 2 makes transformers pool at the largest id, an added token's.
-        "bos_token_id": _END_OF_TEXT - 1,
-        "eos_token_id": _END_OF_TEXT,
-        "pad_token_id": _END_OF_TEXT,
+        "bos_token_id": START_ID,
+        "eos_token_id": END_ID,
+        "pad_token_id": END_ID,
     }
 
 

@@ -22,6 +22,7 @@ from library.data.plan import EpochPlan, EpochPlanner
 from library.data.records import RecordTable
 from library.data.serving import BatchDataset, Catalogue, Placements, TextSource
 from library.data.spec_checks import varying_captions
+from library.data.storage import holds_members
 from library.data.summary import count_images, fingerprint, summarise
 from library.errors import Problem, UserError
 
@@ -134,6 +135,9 @@ class TrainingData:
         """Return the object that loader workers serve batches from; later changes of caches do not reach it."""
         return BatchDataset(self.catalogue, seed, total_steps)
 
+    streamed = False
+    """Samples are known before they are served."""
+
     @property
     def uses_latent_cache(self) -> bool:
         """Whether the options ask for cached latents."""
@@ -164,11 +168,15 @@ class TrainingData:
         """Do so, and keep what is found in pictures in files beside them, whose names end with `suffix`.
 
         Raises:
-            UserError: pictures are cropped or coloured at random, so nothing that is found stays true.
+            UserError: pictures are cropped or coloured at random, so nothing that is found stays true; or they are in
+                tar files, and no folder for caches is named.
         """
         if any(served.augmentation.draws for served in self.catalogue.subsets.values()):
             what = "needs pictures that stay as they are, without random_crop, color_aug and face_crop_aug_range"
             raise UserError(what, "Drop one of them.", where="--cache_conditions_to_disk")
+        if self.cache.cache_dir is None and any(holds_members(folder) for folder, _ in self.table.folders):
+            what = "is needed: nothing can be kept beside images in tar files"
+            raise UserError(what, "Name a folder.", where="--cache_dir")
         kept = KeptConditions(finder, finder.kept, self.cache_rules(suffix))
         self.catalogue = replace(self.catalogue, conditions=finder, kept_conditions=kept)
 

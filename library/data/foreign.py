@@ -41,6 +41,7 @@ class ForeignSpec:
 class ForeignData:
     """The user's object behind the interface of `library.data.dataset.TrainingData`; without caches and validation."""
 
+    streamed = False
     uses_latent_cache = False
     reads_only_latents = False
     fixed_captions = False

@@ -112,7 +112,7 @@ def _scan(
     subset: SubsetSpec, settings: FolderSettings, *, trust_sizes: bool, latent_suffix: str, sized: bool
 ) -> MetadataScan:
     entries = read_metadata(subset.metadata_file or "")
-    finder = _Finder(subset.image_dir, latent_suffix, sized)
+    finder = _Finder(subset.image_dir, latent_suffix, sized=sized)
     scan = MetadataScan()
     seen: dict[tuple[str, str], str] = {}
     for entry in entries:
@@ -133,7 +133,7 @@ def _scan(
 class _Finder:
     """Resolves keys; lists every folder once."""
 
-    def __init__(self, image_dir: str | None, latent_suffix: str, sized: bool) -> None:  # noqa: FBT001
+    def __init__(self, image_dir: str | None, latent_suffix: str, *, sized: bool) -> None:
         self._image_dir = image_dir
         self._folders: dict[str, _Folder] = {}
         self._ending = None if sized else f"{latent_suffix}.npz"

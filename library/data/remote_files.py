@@ -21,6 +21,8 @@ _CONNECT_SECONDS, _READ_SECONDS = 20, 60
 """How long a server may be silent before that counts as an error; then there are further attempts."""
 _REFUSED = (401, 403, 404, 410)
 _FINAL = (FileNotFoundError, PermissionError, NotImplementedError)
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound")
+"""Errors of botocore that are about this machine, not about the network."""
 
 
 def file_system(url: str) -> Any:
@@ -129,7 +131,12 @@ def _attempt(url: str, action: Callable[[Any], T]) -> T:
         except expected as error:
             if _is_final(url, error):
                 reason = "not found" if isinstance(error, FileNotFoundError) else _reason(error)
-                raise UserError(f"cannot be read: {reason}", "Check the address and your access.", where=url) from error
+                hint = "Check the address and your access."
+                if type(error).__name__ in _NO_CREDENTIALS:
+                    hint = (
+                        "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
+                    )
+                raise UserError(f"cannot be read: {reason}", hint, where=url) from error
             if number == len(_WAITS):
                 what = f"cannot be read after {number + 1} attempts: {_reason(error)}"
                 raise UserError(what, "Check the address and the network.", where=url) from error
@@ -144,7 +151,7 @@ def _is_final(url: str, error: BaseException) -> bool:
         # So fsspec calls it too if a web server does not answer.
         cause = error.__cause__
         return isinstance(cause, _FINAL) or getattr(cause, "status", None) in _REFUSED
-    return isinstance(error, _FINAL)
+    return isinstance(error, _FINAL) or type(error).__name__ in _NO_CREDENTIALS
 
 
 def _network_errors() -> tuple[type[BaseException], ...]:

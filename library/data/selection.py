@@ -65,7 +65,7 @@ def _pair(text: str) -> list[Any]:
     if text.lstrip().startswith("["):
         try:
             found = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if not isinstance(found, list) or len(found) != 2:
             raise BadValue(f"{text!r} is no [key, expression] in JSON")

@@ -14,6 +14,7 @@ from library import files
 from library.data.remote_files import remote_facts, remote_reader
 from library.data.shards import is_pipe
 from library.errors import UserError
+from library.file_names import safe_file_name
 from library.lock_file import LockFile
 
 _log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def local_copy(url: str, folder: str | Path) -> Path:
         CannotSave: the copy cannot be written.
     """
     size, version = remote_facts(url)
-    name = url.partition("?")[0].rstrip("/").rpartition("/")[2]
+    name = safe_file_name(url.partition("?")[0].rstrip("/").rpartition("/")[2]) or "shard.tar"
     mark = _mark(f"{url}\n{size}\n{version}")
     target = Path(folder) / f"{mark}-{name}"
     read_at = remote_reader(url)
@@ -70,6 +71,7 @@ def _output_of(entry: str, folder: Path) -> Path:
                     written += len(data)
                     yield data
             except GeneratorExit:
+                # Nobody wants the rest, such as when the disk is full.
                 process.kill()
                 raise
         if process.returncode or not written:
@@ -98,6 +100,9 @@ def _alone(target: Path) -> Iterator[bool]:
             lock.acquire()
         except UserError:
             time.sleep(_POLL_SECONDS)
+        except OSError as error:
+            what = f"cannot save {target}: {error.strerror or error}"
+            raise files.CannotSave(what, target, error.errno) from error
         else:
             break
     try:

@@ -150,5 +150,5 @@ def _source_of(samples: Sequence[StreamedSample]) -> Source:
 
 def batches_of(data: Any, length: RunLength, **settings: Any) -> PlannedBatches:
     """Return what serves the batches of any kind of data; see `PlannedBatches`."""
-    kind = StreamedBatches if getattr(data, "streamed", False) else PlannedBatches
+    kind = StreamedBatches if data.streamed else PlannedBatches
     return kind(data, length, **settings)

@@ -14,6 +14,7 @@ from library.data.options import CacheOptions, DatasetOptions
 from library.data.records import empty_table
 from library.data.serving import Catalogue, Placements, Reading
 from library.data.shard_copies import shard_copy
+from library.data.shard_scan import shard_key
 from library.data.shards import expand_shards, is_pipe
 from library.data.stream_source import SlotStream, StreamSettings, secure_webdataset
 from library.data.summary import settings_digest
@@ -95,7 +96,7 @@ class StreamedData:
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what tells two states of the data apart: the names of tar files, not what is in them."""
-        names = "\n".join(shard.replace("\\", "/").rpartition("/")[2] for shard in self.settings.shards)
+        names = "\n".join(map(shard_key, self.settings.shards))
         digest = blake2b(names.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
         return {
             "tar files": f"{len(self.settings.shards)} {'drawn' if self.settings.resampled else 'streamed'}, {digest}",

@@ -225,7 +225,7 @@ class SlotStream:
         except (OSError, NotATar, UserError) as error:
             self._cut = True
             self._count_damage()
-            found.note("damage", str(error.problems[0].what) if isinstance(error, UserError) else str(error))
+            found.note("damage", _reason(error))
         self._tell(shard, found)
 
     def _count_damage(self) -> None:
@@ -341,3 +341,10 @@ def _opened(shard: str, copies: str | None) -> tuple[ReadAt, int]:
         size = remote_facts(shard)[0]
         return read_ahead(reader_of(shard), size, _AHEAD), size
     return reader_of(shard), Path(shard).stat().st_size
+
+
+def _reason(error: OSError | NotATar | UserError) -> str:
+    """Return what is wrong with a tar file, without its name."""
+    if isinstance(error, UserError):
+        return error.problems[0].what
+    return str((isinstance(error, OSError) and error.strerror) or error)

@@ -12,6 +12,8 @@ import numpy as np
 
 from library.data.buckets import bucket_info
 from library.data.captions import readable
+from library.data.shards import is_pipe
+from library.data.storage import is_remote
 from library.log import counted
 
 if TYPE_CHECKING:
@@ -91,8 +93,14 @@ def describe(data: TrainingData) -> Iterator[str]:
 
 
 def folder_name(subset: SubsetSpec) -> str:
-    """Return the base name of a subset's folder or metadata file, or of its first tar file."""
-    return Path(subset.metadata_file or subset.image_dir or next(iter(subset.webdataset_path), "")).name
+    """Return the base name of a subset's folder or metadata file, or of its first tar file.
+
+    Models tell it, so it holds neither the query of an address, which may be a key to it, nor a command.
+    """
+    if subset.webdataset_path:
+        first = subset.webdataset_path[0]
+        return "pipe" if is_pipe(first) else Path(first.partition("?")[0] if is_remote(first) else first).name
+    return Path(subset.metadata_file or subset.image_dir or "").name
 
 
 def _folders(subsets: Iterable[SubsetSpec], counts: Any, *, reg: bool) -> dict[str, dict[str, int]]:

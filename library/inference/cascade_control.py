@@ -13,7 +13,7 @@ from torch import Tensor
 
 from library.checkpoints.cascade_parts import stored_control_filter
 from library.checkpoints.load_cascade import load_control_net
-from library.errors import UserError
+from library.errors import UserError, named_by
 from library.inference.cascade_extensions import EFFNET_STEP, CascadeBatch, CascadeExtension, Control
 from library.inference.image_to_image import levels_of
 from library.inference.rendering import Part, on_device
@@ -113,13 +113,14 @@ class ControlPictures(CascadeExtension):
         """Return what a ControlNet looks at [B,c,H,W]."""
         height, width = (side * EFFNET_STEP for side in batch.size_hw)
         mask = None if self._mask is None else levels_of(self._mask.convert("L"), (width, height)).numpy() >= _HALF
-        prepared = []
+        found = []
+        # One by one: what chance does to a picture must not depend on those beside it.
         for request, given in zip(batch.requests, batch.inputs, strict=True):
             rng = python_random(request.seed or 0, "control", number)
-            prepared.append(source.filter.prepare(_levels(given.guides[number], (width, height)), rng, mask))
-        stacked = torch.from_numpy(np.stack(prepared)).to(batch.device)
-        seed = derive(batch.requests[0].seed or 0, "control filter", number)
-        return source.filter.finish(stacked, self._encode, seed)
+            prepared = source.filter.prepare(_levels(given.guides[number], (width, height)), rng, mask)
+            seed = derive(request.seed or 0, "control filter", number)
+            found.append(source.filter.finish(torch.from_numpy(prepared)[None].to(batch.device), self._encode, seed))
+        return torch.cat(found)
 
     def _encode(self, pixels: Tensor) -> Tensor:
         """Return latents of pictures in [-1,1]."""
@@ -136,20 +137,17 @@ def _levels(picture: Image, size_wh: tuple[int, int]) -> NDArray[np.uint8]:
     return levels.round().numpy().astype(np.uint8)
 
 
-def open_controls(
-    options: CascadeControlOptions, parts: CascadeParts, stage: Any
-) -> tuple[list[ControlSource], LazyPart | None]:
+def open_controls(options: CascadeControlOptions, parts: CascadeParts) -> tuple[list[ControlSource], LazyPart | None]:
     """Return the ControlNets of the options, and the EfficientNet where a filter works on latents.
 
     Args:
         options: which, and how they act.
         parts: of the model.
-        stage: configuration of stage C.
 
     Raises:
         UserError: a file is damaged or no ControlNet for this stage C, or a filter does not fit it.
     """
-    sources = [_open(options, number, parts, stage) for number in range(len(options.controlnet_checkpoint_path))]
+    sources = [_open(options, number, parts) for number in range(len(options.controlnet_checkpoint_path))]
     filters = [source.filter for source in sources]
     if options.controlnet_mask and not any(isinstance(one, InpaintFilter) for one in filters):
         raise UserError("no filter paints anything over", "It is for inpaint.", where="--controlnet_mask")
@@ -157,7 +155,8 @@ def open_controls(
     return sources, parts.effnet("the filter sr_effnet") if needs_latents else None
 
 
-def _open(options: CascadeControlOptions, number: int, parts: CascadeParts, stage: Any) -> ControlSource:
+def _open(options: CascadeControlOptions, number: int, parts: CascadeParts) -> ControlSource:
+    stage = parts.stage.config
     path = options.controlnet_checkpoint_path[number]
     loaded = load_control_net(path, stage.residual_blocks, options.controlnet_blocks or None)
     config, where = loaded.config, f"{_OPTION} {path}"
@@ -172,6 +171,8 @@ def _open(options: CascadeControlOptions, number: int, parts: CascadeParts, stag
     if name is None:
         raise UserError("does not say which filter it was trained with", "Give --controlnet_filter.", where=where)
     made = make_filter(name, params)
+    with named_by("--controlnet_filter_params"):
+        made.open_files()
     if made.num_channels != config.c_in:
         what = f"looks at {config.c_in} channels, and the filter {name} gives {made.num_channels}"
         raise UserError(what, "Give the one that it was trained with, with --controlnet_filter.", where=where)

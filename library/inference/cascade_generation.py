@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -51,17 +51,17 @@ def generate(opts: CascadeGenerationOptions) -> None:
     place = _placement(opts)
     loading.report_device(place.device, place.dtype)
     parts = CascadeParts(opts.model, place)
-    # Small and far parts first: what is wrong with them is told before the large one is read.
+    # Files are only looked into so far: what is wrong with them is told before any is read.
     decoder = _decoder(opts, parts)
     extensions = _extensions(opts, parts)
+    if opts.control.controlnet_checkpoint_path:
+        extensions.append(_control(opts, parts))
     family = parts.stage_c()
     bank, words = additions.join(family, place.dtype, pre_calculate=opts.networks.network_pre_calc)
     # Small as they are, they stay where the parts that they belong to come to run; those that are added to weights
     # which wait elsewhere do so there.
     for module in (*words, *(() if opts.networks.network_pre_calc else bank.networks)):
         module.to(place.device)
-    if opts.control.controlnet_checkpoint_path:
-        extensions.append(_control(opts, parts, family.sources.config))
     renderer = CascadeRenderer(
         family,
         decoder,
@@ -122,12 +122,15 @@ def _settings(opts: CascadeGenerationOptions) -> CascadeSettings:
 def _decoder(opts: CascadeGenerationOptions, parts: CascadeParts) -> Decoder:
     sampling, place = opts.sampling, parts.place
     if sampling.decoder != STAGE_B:
+        parts.check_text(None)
         return PreviewDecoder(parts.previewer(), place.device)
+    stage = parts.stage_b()
+    parts.check_text(stage.source)
     settings = StageBSettings(
         batch_size=opts.speed.batch_size, steps=sampling.steps_b, scale=sampling.scale_b, cfg_rho=sampling.cfg_rho
     )
     autocast = loading.autocast(place.device, place.dtype)
-    return StageBDecoder(parts.stage_b(), parts.stage_a(), settings, device=place.device, autocast=autocast)
+    return StageBDecoder(stage, parts.stage_a(), settings, device=place.device, autocast=autocast)
 
 
 def _extensions(opts: CascadeGenerationOptions, parts: CascadeParts) -> list[CascadeExtension]:
@@ -138,8 +141,8 @@ def _extensions(opts: CascadeGenerationOptions, parts: CascadeParts) -> list[Cas
     return [StartPictures(parts.effnet("--image"))]
 
 
-def _control(opts: CascadeGenerationOptions, parts: CascadeParts, stage: Any) -> ControlPictures:
-    sources, effnet = open_controls(opts.control, parts, stage)
+def _control(opts: CascadeGenerationOptions, parts: CascadeParts) -> ControlPictures:
+    sources, effnet = open_controls(opts.control, parts)
     mask = opts.control.controlnet_mask
     return ControlPictures(
         sources,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +16,7 @@ from library.checkpoints.key_maps_cascade import Part
 from library.errors import UserError
 from library.models.assemble import check_weights
 from library.models.cascade.effnet import EffNetEncoder
+from library.models.cascade.file_fit import check_text_fit, require_complete
 from library.models.cascade.options import CascadeTextOptions, StageCModelOptions
 from library.models.cascade.previewer import Previewer
 from library.models.cascade.sources import CascadeSources, LazyPart, open_text
@@ -29,6 +30,7 @@ from library.models.family import WeightPlan
 if TYPE_CHECKING:
     from torch import nn
 
+    from library.checkpoints.cascade_configs import CascadeConfig
     from library.checkpoints.load_cascade import LoadedPart
     from library.inference.options_cascade import CascadeFileOptions
 
@@ -93,33 +95,54 @@ class CascadeParts:
             problem = error.problems[0]
             raise UserError(problem.what, problem.hint, where=f"{cascade_option(part)} {path}") from error
 
-    def stage_c(self) -> StageC:
-        """Return stage C with its text encoder, as networks and renderers know it.
+    @cached_property
+    def stage(self) -> LoadedPart[CascadeConfig]:
+        """The file of stage C, complete.
 
         Raises:
-            UserError: a file is missing, damaged, or of another part.
+            UserError: it is missing, damaged, or another part; so do all below.
         """
+        opened = self._open("stage_c", partial(_stage, "c", self._options.model_version), "any picture")
+        require_complete(CascadeUNet, opened.config, opened.tensors, f"stage C in {opened.path}")
+        return opened
+
+    @cached_property
+    def text(self) -> LoadedPart[dict[str, Any]]:
+        """The text encoder's file."""
+        found = None if self._given("text") is not None else self.find("text")
+        return open_text(self._model) if found is None else load_cascade.load_text(found)
+
+    @property
+    def _model(self) -> StageCModelOptions:
         options = self._options
-        stage = self._open("stage_c", partial(_stage, "c", options.model_version), "any picture")
-        model = StageCModelOptions(
+        return StageCModelOptions(
             stage_c_checkpoint_path=options.stage_c_checkpoint_path,
             text_model_checkpoint_path=options.text_model_checkpoint_path,
             save_text_model=options.save_text_model,
         )
-        found = None if self._given("text") is not None else self.find("text")
-        text = open_text(model) if found is None else load_cascade.load_text(found)
+
+    def stage_c(self) -> StageC:
+        """Return stage C with its text encoder, as networks and renderers know it."""
         # Nothing is encoded by the family itself: `effnet` below is used for that, and only where there is one.
-        sources = CascadeSources(stage, stage.config, text, effnet=None)
+        sources = CascadeSources(self.stage, self.stage.config, self.text, effnet=None)
         weights = WeightPlan(self.place.home, trained=(), frozen_dtype=self.place.dtype)
-        family = StageC(STAGE_C, sources, model, CascadeTextOptions(no_text_mask=options.no_text_mask), weights)
-        for module, origin in ((family.unet, stage), (family.text_encoder, text)):
+        text = CascadeTextOptions(no_text_mask=self._options.no_text_mask)
+        family = StageC(STAGE_C, sources, self._model, text, weights)
+        for module, origin in ((family.unet, self.stage), (family.text_encoder, self.text)):
             check_weights(module.state_dict(), str(origin.path), allow_nan=False)
         return family
 
     def stage_b(self) -> LazyPart:
-        """Return stage B; errors as for `stage_c`, also below."""
+        """Return stage B."""
         opened = self._open("stage_b", partial(_stage, "b", self._options.model_version_b), "--decoder stage_b")
         return self._part(opened, CascadeUNet, "stage B", self.place.dtype)
+
+    def check_text(self, decoder: LoadedPart[CascadeConfig] | None) -> None:
+        """See that the text encoder belongs to stage C and, where there is one, to the stage B that decodes."""
+        name = self._options.text_model_checkpoint_path
+        check_text_fit("c", self.stage.config, self.text, name)
+        if decoder is not None:
+            check_text_fit("b", decoder.config, self.text, name)
 
     def stage_a(self) -> LazyPart:
         """Return stage A, in float32: half precision would show in the colours."""
@@ -148,4 +171,5 @@ class CascadeParts:
         what: str,
         dtype: torch.dtype = torch.float32,
     ) -> LazyPart:
+        require_complete(make, opened.config, opened.tensors, f"{what} in {opened.path}")
         return LazyPart(opened, make, what, device=self.place.home, dtype=dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,31 +15,21 @@ from PIL.Image import Resampling
 from library.errors import UserError
 from library.inference.cascade import CASCADE_DEFAULTS, CascadeLatents
 from library.inference.cascade_decoders import StageBDecoder, StageBSettings
+from library.inference.cascade_sampling import STAGE_B
 from library.inference.diffusion import UNWATCHED, Watch, picture_generator
 from library.inference.picture_inputs import opened
-from library.inference.prompt_options import CASCADE_SAMPLES
+from library.inference.prompt_options import STAGE_B_SAMPLES
 from library.inference.prompt_text import PromptEncoder
-from library.inference.rendering import kept, on_device
+from library.inference.rendering import HeldPart, kept, on_device
 from library.models.cascade.specs import ENCODED_SHARE
 from library.models.cascade.stage_b import smaller_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from library.inference.prompts import PromptRequest
     from library.models.cascade.stage_b import StageB
-
-
-@dataclass(frozen=True, slots=True)
-class _Trained:
-    """The stage that trains, as a part that is always there."""
-
-    model: nn.Module
-    loaded: bool = True
-
-    def release(self) -> None:
-        """Nothing to free."""
 
 
 class ReconstructionRenderer:
@@ -47,9 +37,9 @@ class ReconstructionRenderer:
 
     sample_defaults = replace(CASCADE_DEFAULTS, steps=10, scale=1.5)
     """What prompts of sample pictures leave open."""
-    sample_place = CASCADE_SAMPLES
+    sample_place = STAGE_B_SAMPLES
     """The options that they may have."""
-    reads_guides = needs_guides = True
+    reads_guides = True
 
     def __init__(self, family: StageB, *, autocast: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         """Create the renderer; nothing is moved or loaded yet."""
@@ -80,8 +70,10 @@ class ReconstructionRenderer:
         if pooled is None or request.seed is None:
             raise ValueError("a picture needs a pooled prompt and a seed")
         latents = family.effnet.model(_pixels(request).to(device))[0].float()
-        settings = StageBSettings(steps=request.steps, scale=request.scale, shift=request.shift or 1.0)
-        decoder = StageBDecoder(_Trained(family.unet), family.stage_a, settings, device=device, autocast=self._autocast)
+        settings = StageBSettings(
+            steps=request.steps, scale=request.scale, shift=request.shift or STAGE_B.shift, sampler=request.sampler
+        )
+        decoder = StageBDecoder(HeldPart(family.unet), family.stage_a, settings, device=device, autocast=self._autocast)
         generator = picture_generator(request.seed)
         made = CascadeLatents(request, latents, pooled[0].float(), pooled[1].float(), generator)
         return decoder.decode([made], watch)[0]

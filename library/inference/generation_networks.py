@@ -91,7 +91,7 @@ def check_networks(sources: Sequence[NetworkSource], spec: FamilySpec, *, show_m
     problems: list[Problem] = []
     for source in sources:
         module = import_network_module(source.module)
-        problems += argument_problems(source.module, module, None, None, source.arguments)
+        problems += argument_problems(source.module, module, (None, None), source.arguments, spec.name)
         metadata = _check_file(source, spec)
         if show_metadata:
             text = json.dumps(dict(metadata), indent=2, ensure_ascii=False, sort_keys=True)

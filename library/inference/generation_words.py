@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.cascade_lora import WORD_CHANGES, WORD_IDS
+from library.checkpoints.cascade_lora import check_word_width, word_changes
 from library.checkpoints.embedding_file import Embedding, read_embedding, read_embeddings
 from library.checkpoints.lora_file import inspect_lora, read_lora
 from library.checkpoints.lora_layouts import BUNDLED
@@ -107,14 +107,13 @@ def network_words(path: str, where: str) -> NetworkWords:
         UserError: the file is damaged.
     """
     bundled = inspect_lora(path).bundled
+    if not bundled:
+        return NetworkWords(where)
     named = any(key.startswith(BUNDLED) for key in bundled)
     vectors = tuple(read_embeddings(path)) if named else ()
-    if not {WORD_IDS, WORD_CHANGES} <= set(bundled):
-        return NetworkWords(where, vectors)
-    held = read_lora(path).bundled
-    ids, changes = held[WORD_IDS].long().clone(), held[WORD_CHANGES].float().clone()
-    if ids.dim() != 1 or changes.dim() != 2 or len(ids) != len(changes) or len(ids.unique()) != len(ids):
-        raise UserError("what it says about words is damaged", "Fetch or save it again.", where=where)
+    changed = word_changes(read_lora(path).bundled, where)
+    # Copies, so that the file is not kept open.
+    ids, changes = (None, None) if changed is None else (tensor.clone() for tensor in changed)
     return NetworkWords(where, vectors, ids, changes)
 
 
@@ -148,7 +147,8 @@ class Vocabulary:
         """
         width = input_embedding(family.text_encoders[0]).embedding_dim
         for held in self._networks:
-            _check_width(held, width)
+            if held.changes is not None:
+                check_word_width(held.changes, width, held.where)
         # What is spliced in later is asked first, and knows the higher ids.
         changes = [_changes(family, held) for held in self._networks]
         added: list[TokenRows] = []
@@ -174,7 +174,7 @@ class Vocabulary:
             return held.vectors
         new = int((held.ids >= VOCABULARY_SIZE).sum())
         table = input_embedding(family.text_encoders[0]).weight.detach()
-        rows = new_rows(self._tokens, table, {WORD_IDS: held.ids, WORD_CHANGES: held.changes})
+        rows = new_rows(self._tokens, table, held.ids, held.changes)
         if len(rows) < new:
             hint = "give --train_tokens as in its training, such as '[fernando]=^dog</w>'"
             logger.warning("%s: it is not known what %d new words in it are; %s", held.where, new - len(rows), hint)
@@ -202,9 +202,3 @@ def _changes(family: ModelFamily, held: NetworkWords) -> TokenChanges | None:
     found.attach(input_embedding(family.text_encoders[0]))
     logger.info("%s: changes the vectors of %d known tokens", held.where, int(known.sum()))
     return found
-
-
-def _check_width(held: NetworkWords, width: int) -> None:
-    if held.changes is not None and held.changes.shape[1] != width:
-        what = f"its words have {held.changes.shape[1]} values, but those of this model have {width}"
-        raise UserError(what, "It was trained for another kind of model.", where=held.where)

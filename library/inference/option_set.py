@@ -51,7 +51,8 @@ class GenerationOptions(OptionSet):
     def check_together(self) -> Iterator[Problem]:
         """A run needs prompts from somewhere, and a mask needs something to be a mask of."""
         source, images = self.source, self.images
-        if not (source.prompt or source.from_file or source.from_module or source.interactive or images.image_path):
+        others = (source.from_file, source.from_module, source.interactive, images.image_path)
+        if source.prompt is None and not any(others):
             hint = "Give --prompt, --from_file, --from_module, --interactive, or --image_path with pictures made here."
             yield Problem("", "there is no prompt", hint)
         if images.mask_path and not images.image_path and not self.networks.network_weights:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import Problem
+from library.inference.prompt_options import MAX_SIDE, MIN_SIDE
 from library.inference.samplers import SAMPLER_NAMES
 from library.option_groups import OptionGroup, opt
 from library.option_values import BadValue
@@ -102,7 +103,7 @@ class PromptSourceOptions(OptionGroup, title="prompts"):
     """Where prompts come from, and how often each is drawn."""
 
     prompt: str | None = opt(
-        None, help="The prompt, with its own options behind it: 'a photo of a cat --w 512 --h 768 --d 42'."
+        None, blank=True, help="The prompt, with its own options behind it: 'a photo of a cat --w 512 --h 768 --d 42'."
     )
     from_file: str | None = opt(
         None,
@@ -175,8 +176,8 @@ def side(value: Any) -> int:
         pixels = int(str(value))
     except ValueError:
         raise BadValue(f"expected a number of pixels, got {value!r}") from None
-    if not 64 <= pixels <= 8192:
-        raise BadValue(f"must be between 64 and 8192 pixels, got {pixels}")
+    if not MIN_SIDE <= pixels <= MAX_SIDE:
+        raise BadValue(f"must be between {MIN_SIDE} and {MAX_SIDE} pixels, got {pixels}")
     return pixels - pixels % 8
 
 

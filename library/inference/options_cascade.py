@@ -21,6 +21,7 @@ from library.inference.options import (
     PromptTextOptions,
     side,
 )
+from library.models.cascade.control_names import untyped_problems
 from library.models.cascade.options import BIG_G
 from library.models.token_items import token_list
 from library.option_groups import OptionGroup, OptionSet, opt
@@ -305,9 +306,10 @@ class CascadeGenerationOptions(
         return cascade_config.read_for_pictures(name, second=typed.get("config_file_b"), offered=offered)
 
     def check_together(self) -> Iterator[Problem]:
-        """Times of guidance must be in order, and one process draws."""
+        """Times of guidance must be in order, code of the user's own is typed, and one process draws."""
         if self.sampling.cfg_t_start < self.sampling.cfg_t_stop:
             yield Problem("--cfg_t_start", "is below --cfg_t_stop, so nothing is guided", "Time goes from 1 to 0.")
+        yield from untyped_problems(self.control.controlnet_filter, self.given.get("controlnet_filter"))
         yield from check_processes()
 
     def check_folders(self) -> Iterator[Problem]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +24,7 @@ _LONGEST_NUMBER = 60
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _MAX_SEED = 2**64 - 1
 _MAX_SEEDS = 100_000
-_SIDE_STEP, _MIN_SIDE = 8, 64
+_SIDE_STEP, MIN_SIDE = 8, 64
 _MOST_KERNEL = 99
 
 
@@ -64,12 +64,14 @@ class Place:
         elsewhere: options that only the other place knows.
         elsewhere_name: what the other place is called in messages.
         sdxl: the model is an SDXL model.
+        needs_picture: nothing is drawn without the picture that `--cn` names.
     """
 
     options: tuple[PromptOption, ...]
     elsewhere: tuple[PromptOption, ...] = ()
     elsewhere_name: str = ""
     sdxl: bool = False
+    needs_picture: bool = False
 
     @cached_property
     def by_flag(self) -> Mapping[str, PromptOption]:
@@ -112,9 +114,12 @@ def whole(low: int, high: int) -> Callable[[Any], int]:
     return read
 
 
-def _side(value: Any) -> int:
-    pixels = whole(1, MAX_SIDE)(value)
-    return max(_MIN_SIDE, pixels - pixels % _SIDE_STEP)
+def _side(low: int) -> Callable[[Any], int]:
+    def read(value: Any) -> int:
+        pixels = whole(low, MAX_SIDE)(value)
+        return max(MIN_SIDE, pixels - pixels % _SIDE_STEP)
+
+    return read
 
 
 def _number(value: Any) -> float:
@@ -225,12 +230,18 @@ _seed = whole(0, _MAX_SEED)
 _timestep = whole(0, 1000)
 _pixels = whole(1, 1 << 16)
 
-_SHARED: tuple[PromptOption, ...] = (
-    PromptOption("n", "negative_prompt", _text, "negative_prompt"),
-    PromptOption("w", "width", _side, "width"),
-    PromptOption("h", "height", _side, "height"),
-    PromptOption("s", "sample_steps", whole(1, 1000), "steps"),
-)
+
+def _shared(smallest_side: int) -> tuple[PromptOption, ...]:
+    return (
+        PromptOption("n", "negative_prompt", _text, "negative_prompt"),
+        PromptOption("w", "width", _side(smallest_side), "width"),
+        PromptOption("h", "height", _side(smallest_side), "height"),
+        PromptOption("s", "sample_steps", whole(1, 1000), "steps"),
+    )
+
+
+# Samples of old prompt files come out larger rather than not at all; gen_img.py refuses what --W and --H refuse.
+_SHARED, _SHARED_STRICT = _shared(1), _shared(MIN_SIDE)
 
 _SHARED_REST: tuple[PromptOption, ...] = (
     PromptOption("l", "scale", _number, "scale"),
@@ -276,26 +287,43 @@ _SEEDS = PromptOption("d", "seed", _list_of(_seed, f"seeds from 0 to {_MAX_SEED}
 TRAINING_SAMPLES = Place(PROMPT_OPTIONS, _GENERATION_ONLY, "prompts of gen_img.py")
 """Prompts of the sample pictures of a training run."""
 
-GENERATION = Place((*_SHARED, _SEEDS, *_SHARED_REST, *_GENERATION_ONLY))
+GENERATION = Place((*_SHARED_STRICT, _SEEDS, *_SHARED_REST, *_GENERATION_ONLY))
 """Prompts of gen_img.py."""
 
-_CASCADE: tuple[PromptOption, ...] = (
-    *_SHARED,
+_STAGE_B: tuple[PromptOption, ...] = (
     PromptOption("l", "scale", _number, "scale"),
-    PromptOption("le", "scale_end", _number_or_none, "scale_end"),
     PromptOption("ss", "sample_sampler", _one_of(SAMPLERS), "sampler"),
-    PromptOption("t", "t_start", _from_to(0.001, 1), "strength"),
     PromptOption("f", "shift", _from_to(0.01, 100), "shift"),
     PromptOption("cn", "controlnet_image", _text, "controlnet_image"),
 )
+_STAGE_C_ONLY: tuple[PromptOption, ...] = (
+    PromptOption("le", "scale_end", _number_or_none, "scale_end"),
+    PromptOption("t", "t_start", _from_to(0.001, 1), "strength"),
+)
+_CASCADE: tuple[PromptOption, ...] = (*_STAGE_B, *_STAGE_C_ONLY)
 
 CASCADE_SAMPLES = Place(
-    (*_CASCADE, PromptOption("d", "seed", _seed, "seed")), _GENERATION_ONLY, "prompts of gen_img.py"
+    (*_SHARED, *_CASCADE, PromptOption("d", "seed", _seed, "seed")), _GENERATION_ONLY, "prompts of gen_img.py"
 )
-"""Prompts of the sample pictures of a Stable Cascade training run."""
+"""Prompts of the sample pictures of a run that trains stage C of Stable Cascade, or something for it."""
+
+STAGE_B_SAMPLES = Place(
+    (
+        *_SHARED,
+        *_STAGE_B,
+        PromptOption("d", "seed", _seed, "seed"),
+        # Accepted, so that one prompt file serves both stages.
+        *(replace(option, field=None) for option in _STAGE_C_ONLY),
+    ),
+    _GENERATION_ONLY,
+    "prompts of gen_img.py",
+    needs_picture=True,
+)
+"""Prompts of the sample pictures of a run that trains stage B."""
 
 CASCADE_GENERATION = Place(
     (
+        *_SHARED_STRICT,
         *_CASCADE,
         _SEEDS,
         PromptOption("am", "network_mul", _list_of(_number, "numbers separated by commas"), "multipliers"),

@@ -240,7 +240,10 @@ def parse_entry(
             _store(values, option.field, read, defaults)
     if values.get("seeds"):
         values["seed"] = values["seeds"][0]
-    return replace(defaults, **values, where=entry.where), problems
+    request = replace(defaults, **values, where=entry.where)
+    if place.needs_picture and not request.controlnet_image:
+        problems.append(Problem(entry.where, "names no picture to make again", "Add one: --cn photo.jpg."))
+    return request, problems
 
 
 def _store(values: dict[str, Any], name: str, value: Any, defaults: PromptRequest) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -111,6 +112,17 @@ class Part(Protocol):
 
     def release(self) -> None:
         """Free it."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldPart:
+    """A network that is in memory anyway, such as one that trains, as a `Part`."""
+
+    model: nn.Module
+    loaded: bool = True
+
+    def release(self) -> None:
+        """Stay: it is somebody else's."""
 
 
 @contextmanager

@@ -83,12 +83,24 @@ def import_network_module(name: str) -> ModuleType:
 
 
 def argument_problems(
-    name: str, module: ModuleType, dim: int | None, alpha: float | None, arguments: Mapping[str, str]
+    name: str,
+    module: ModuleType,
+    size: tuple[int | None, float | None],
+    arguments: Mapping[str, str],
+    base: str,
 ) -> Iterator[Problem]:
-    """Yield what the module itself says against `--network_args`, where it can be asked."""
+    """Yield what the module itself says against `--network_args`, where it can be asked.
+
+    Args:
+        name: of the module.
+        module: imported.
+        size: rank and alpha.
+        arguments: the `--network_args`.
+        base: family of the model that the network is for, such as `sd1`.
+    """
     check: Callable[..., Iterator[Problem]] | None = getattr(module, "check_network_args", None)
     if check is not None:
-        yield from check(dim, alpha, arguments)
+        yield from check(*size, arguments, base=base)
     elif name == lycoris_args.NAME:
         yield from lycoris_args.lycoris_problems(module, arguments)
 

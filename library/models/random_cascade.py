@@ -23,6 +23,7 @@ from library.checkpoints.cascade_parts import (
 from library.checkpoints.key_maps_cascade import Part
 from library.checkpoints.parts import SaveSettings
 from library.checkpoints.save_cascade import save_part
+from library.contracts import END_ID, START_ID
 from library.models.cascade.control_net import CascadeControlNet
 from library.models.cascade.effnet import EffNetEncoder
 from library.models.cascade.previewer import Previewer
@@ -64,9 +65,9 @@ TINY_EFFNET = EffNetConfig(
 TINY_PREVIEWER = PreviewerConfig(features=16)
 TINY_TEXT: dict[str, Any] = {
     "attention_dropout": 0.0,
-    "bos_token_id": 49406,
-    "eos_token_id": 49407,
-    "pad_token_id": 49407,
+    "bos_token_id": START_ID,
+    "eos_token_id": END_ID,
+    "pad_token_id": END_ID,
     "hidden_act": "gelu",
     "hidden_size": _TEXT_WIDTH,
     "intermediate_size": 2 * _TEXT_WIDTH,

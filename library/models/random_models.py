@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from library.checkpoints.parts import ModelParts, SaveSettings
 from library.checkpoints.save import is_folder_kind, save_checkpoint
+from library.contracts import END_ID, START_ID
 from library.models.assemble import from_config
 from library.models.clip_text import make_text_encoder
 from library.models.specs import stable_diffusion_family
@@ -132,8 +133,8 @@ def _text_config(shape: _Shape) -> dict[str, Any]:
         "num_attention_heads": shape.text_width // _HEAD_WIDTH,
         "max_position_embeddings": 77,
         "hidden_act": "quick_gelu" if shape.unet_head_width is None else "gelu",
-        "bos_token_id": 49406,
-        "eos_token_id": 49407,
+        "bos_token_id": START_ID,
+        "eos_token_id": END_ID,
     }
 
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.contracts import FamilySpec, TokenizerSpec
+from library.contracts import END_ID, FamilySpec, TokenizerSpec
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 EPSILON = "epsilon"
 V_PREDICTION = "v_prediction"
 
-SD_V1_TOKENIZER = TokenizerSpec("sd_v1", pad_id=49407)
+SD_V1_TOKENIZER = TokenizerSpec("sd_v1", pad_id=END_ID)
 SD_V2_TOKENIZER = TokenizerSpec("sd_v2", pad_id=0, pad_text="!")
 
 _TEXTS = "_sd_te_outputs"

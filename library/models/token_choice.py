@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.checkpoints.cascade_lora import WORD_CHANGES, WORD_IDS
 from library.checkpoints.lora_layouts import BUNDLED
 from library.errors import Problem, UserError, raise_problems
 from library.models.token_items import is_new, split_token
@@ -135,17 +134,18 @@ def mean_row(table: Tensor, ids: Sequence[int]) -> Tensor:
     return table[list(ids)].float().mean(0).cpu()
 
 
-def new_rows(tokens: Sequence[TrainedToken], table: Tensor, bundled: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def new_rows(tokens: Sequence[TrainedToken], table: Tensor, ids: Tensor, changes: Tensor) -> dict[str, Tensor]:
     """Return the vectors of new words in an original file, by the keys of kohya's layout.
 
     Args:
         tokens: of the training that made it.
         table: [v,d] of the text encoder.
-        bundled: what the file holds about words.
+        ids: of the rows that it changes [n].
+        changes: what it adds to them [n,d].
     """
-    changes = dict(zip(bundled[WORD_IDS].tolist(), bundled[WORD_CHANGES].float(), strict=True))
+    added = dict(zip(ids.tolist(), changes, strict=True))
     return {
-        f"{BUNDLED}{token.text}.{ENCODER}": (mean_row(table, token.found) + changes[token.row])[None]
+        f"{BUNDLED}{token.text}.{ENCODER}": (mean_row(table, token.found) + added[token.row])[None]
         for token in tokens
-        if token.row in changes
+        if token.row in added
     }

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from library.contracts import END_ID, START_ID
 from library.errors import UserError
 from library.models.attention_syntax import parse_attention
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from library.models.options import TextOptions
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-START_ID, END_ID = 49406, 49407
 NO_TOKEN = -1
 """Stands behind the end token of captions that are not padded."""
 VOCABULARY_SIZE = 49408

@@ -62,7 +62,7 @@ def check_captions(data: TrainingData, word: str) -> None:
     Raises:
         UserError: no caption contains the word, or captions are dropped.
     """
-    if getattr(data, "streamed", False):
+    if data.streamed:
         return  # Captions come with the samples.
     subsets = [subset for spec in data.specs for subset in spec.subsets]
     framed = {one.index: f"{one.caption_prefix or ''} {one.caption_suffix or ''}" for one in subsets}

@@ -26,6 +26,7 @@ from library.checkpoints.tensor_files import open_tensors
 from library.errors import Problem, UserError, named_by, raise_problems
 from library.inference.cascade import CascadeRenderer
 from library.inference.cascade_control import ControlPictures, ControlSource
+from library.inference.rendering import HeldPart
 from library.models.cascade.control_choice import make_filter
 from library.models.cascade.control_net import CascadeControlNet, build_control_net, new_control_net
 from library.training.control_samples import GuidedRenderer
@@ -80,7 +81,7 @@ class ControlPlan:
         name = chosen.controlnet_filter or ""
         maker = make_filter(name, chosen.controlnet_filter_params)
         with named_by("--controlnet_filter_params"):
-            getattr(maker, "open_files", lambda: None)()
+            maker.open_files()
         stage = load_stage(opts.model.stage_path or "", "c", version=opts.model.model_version).config
         count, width = stage.residual_blocks, stage.c_hidden[0]
         if set(stage.c_hidden) != {width}:
@@ -166,7 +167,7 @@ class StageCControl:
         """Return what draws pictures with the guides that prompts name by `--cn`."""
         if not isinstance(renderer, CascadeRenderer):
             raise TypeError("stage C draws its sample pictures by a CascadeRenderer")
-        source = ControlSource(_Held(self.network), self.plan.maker)
+        source = ControlSource(HeldPart(self.network), self.plan.maker)
         pictures = ControlPictures([source], effnet=self._family.effnet, autocast=self._autocast)
         return GuidedRenderer(renderer.extended(pictures))
 
@@ -180,17 +181,6 @@ class StageCControl:
         """Write an official file."""
         settings = SaveSettings(precision, metadata, epoch, step)
         return save_part(path, "controlnet", self.network.state_dict(), self.plan.config, settings)
-
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """A network that is in memory, as a part of a model."""
-
-    model: CascadeControlNet
-    loaded: bool = True
-
-    def release(self) -> None:
-        """Stay: it is being trained."""
 
 
 def read_backbone(path: str) -> dict[str, Tensor]:

@@ -75,15 +75,11 @@ class WeightAverage:
     def _follow(self, names: list[str], share: float, skipped: Tensor | None) -> None:
         averages = [self._averages[name] for name in names]
         weights = [self._followed[name].detach().to(average) for name, average in zip(names, averages, strict=True)]
-        if skipped is None:
-            torch._foreach_lerp_(averages, weights, share)
-            return
-        kept = skipped.to(averages[0].device)
-        # A skipped update must not let NaN in, which 0 * NaN would.
-        old = torch._foreach_mul(averages, 1.0)
+        if skipped is not None:
+            kept = skipped.to(averages[0].device)
+            # Towards itself, an average stays bit by bit; a share of 0 would let NaN in.
+            weights = [torch.where(kept, *pair) for pair in zip(averages, weights, strict=True)]
         torch._foreach_lerp_(averages, weights, share)
-        for average, before in zip(averages, old, strict=True):
-            average.copy_(torch.where(kept, before, average))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from library.training.methods.base import Method
     from library.training.options import TrainingOptions
     from library.training.run import Run
+    from library.training.sampling import SampledImage
 
 logger = logging.getLogger(__name__)
 
@@ -212,14 +213,18 @@ class Loop:
 
     def _sample(self) -> None:
         fault_point("sample.mid")
-        average, step, epoch = self.training.average, self.position.step, self.position.epoch
-        with self.training.stepper.observing(), observe(self.training.method, self.training.built):
-            pictures = self.sampler.run(step, epoch)
-            if average is not None:
-                with average.applied():
-                    pictures += self.sampler.run(step, epoch, ending=EMA_SUFFIX)
+        pictures = self._pictures()
+        if self.training.average is not None:
+            # Before the weights are put together, of which each process averages its pieces.
+            with self.training.average.applied():
+                pictures += self._pictures(EMA_SUFFIX)
         self.training.tracker.add_pictures(self.run.ranks.gather(pictures))
         self.training.tracker.pause()
+
+    def _pictures(self, ending: str = "") -> list[SampledImage]:
+        """Make this rank's pictures; some ranks may have more of them, so that none may wait for another meanwhile."""
+        with self.training.stepper.observing(), observe(self.training.method, self.training.built):
+            return self.sampler.run(self.position.step, self.position.epoch, ending=ending)
 
     def _validate(self, judged: tuple[str, ...], epoch: int) -> None:
         """Measure the validation loss and write it down for all that is judged by it: the update, the epoch."""

@@ -89,6 +89,9 @@ def model_metadata(facts: RunFacts, kind: str = "") -> Describe:
         **{f"ss_{name}": str(count) for name, count in facts.data.counts().items()},
     }
     resolution_wh = largest_resolution(facts.data)
+    if facts.opts.data.encoded_share != 1:
+        # The option is about pictures that are drawn; models tell what they were trained at.
+        constant["ss_resolution"] = "{},{}".format(*resolution_wh)
 
     def describe(epoch: int, step: int) -> dict[str, str]:
         progress = {"ss_epoch": str(epoch), "ss_steps": str(step)}

@@ -114,7 +114,7 @@ class OfficialContent:
 
 def _adaptive(stored: Any, path: Path) -> dict[str, Any]:
     ranges = stored.get("bucket_ranges") if isinstance(stored, dict) else None
-    if ranges is not None and (not ranges or (ranges[0], ranges[-1]) != _EDGES):
+    if ranges is not None and not (isinstance(ranges, list) and ranges and (ranges[0], ranges[-1]) == _EDGES):
         raise UserError(
             "adaptive_loss counts other levels of noise", "Train without adaptive weights.", where=str(path)
         )
@@ -143,9 +143,10 @@ def _by_parameter(state: Any, names: Sequence[str], where: str) -> dict[str, Any
     table = stage_to_official(names)
     known = {number: name for number, name in enumerate(table)} | {name: name for name in table}
     entries, groups = (state.get(key) if isinstance(state, dict) else None for key in ("state", "param_groups"))
-    if not isinstance(entries, dict) or not isinstance(groups, list) or len(groups) != 1:
+    group = groups[0] if isinstance(groups, list) and len(groups) == 1 else None
+    if not isinstance(entries, dict) or not isinstance(group, dict):
         raise UserError("is not the state of an optimizer of the original trainer", where=where)
-    count = len(groups[0].get("params", ()))
+    count = len(group.get("params", ()))
     if count != len(table) or not all(key in known and isinstance(entries[key], dict) for key in entries):
         what = f"is for {count} parameters, the model has {len(table)}"
         raise UserError(what, "Do the files belong to one run?", where=where)
@@ -157,4 +158,4 @@ def _by_parameter(state: Any, names: Sequence[str], where: str) -> dict[str, Any
                 name: split_rows(name, value)[part] if len(targets) > 1 and getattr(value, "ndim", 0) > 0 else value
                 for name, value in values.items()
             }
-    return {"state": found, "param_groups": [{**groups[0], "params": list(range(len(names)))}]}
+    return {"state": found, "param_groups": [{**group, "params": list(range(len(names)))}]}

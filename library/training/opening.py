@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from library.data.bad_files import TOLERATED_SHARE
 from library.data.opening import open_data
 from library.data.scan import ScanContext
 from library.models.tokenizer import tokenizers_for
+from library.training.fsdp_checks import processes
 from library.training.run_length import report_data
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def _batches_of_run(length: LengthOptions) -> int | None:
     """Return how many batches all processes together take, None when epochs are counted."""
     if length.max_train_epochs:
         return None
-    return length.max_train_steps * length.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
+    return length.max_train_steps * length.gradient_accumulation_steps * processes()
 
 
 def open_training_data(

@@ -12,7 +12,7 @@ from library import cascade_config
 from library.cascade_yaml import batch_per_process
 from library.data.spec_sizes import step_as_given
 from library.errors import Problem
-from library.inference.prompt_options import CASCADE_SAMPLES, Place
+from library.inference.prompt_options import CASCADE_SAMPLES, STAGE_B_SAMPLES, Place
 from library.models.cascade.options import (
     CascadeModelOptions,
     CascadeTextOptions,
@@ -127,6 +127,8 @@ class CascadeTrainingOptions(
     sample_place: ClassVar[Place] = CASCADE_SAMPLES
     stage: ClassVar[str] = "c"
     """Whose weights `generator_checkpoint_path` of a YAML file names."""
+    pyramid_noise: ClassVar[bool] = False
+    """Whether noise of several resolutions is added up, as in the training of stage B."""
 
     def __post_init__(self) -> None:
         if self.data.global_batch_size is not None:
@@ -153,7 +155,7 @@ class CascadeTrainingOptions(
         """Return the objective of stages C and B, which differ in their noise."""
         from library.training.objective_cascade import GDFObjective
 
-        return GDFObjective(self.noise, self.loss, self.cascade, device, pyramid=spec.name == "stable_cascade_b")
+        return GDFObjective(self.noise, self.loss, self.cascade, device, pyramid=self.pyramid_noise)
 
     def check_together(self) -> Iterator[Problem]:
         """Yield what is wrong between groups."""
@@ -295,7 +297,9 @@ class StageBTuneOptions(StageTuneOptions):
 
     model: StageBModelOptions = field(default_factory=StageBModelOptions)
 
+    sample_place: ClassVar[Place] = STAGE_B_SAMPLES
     stage: ClassVar[str] = "b"
+    pyramid_noise: ClassVar[bool] = True
 
     def renderer(self, family: ModelFamily, autocast: Callable[[], AbstractContextManager[None]]) -> Renderer:
         """Return what makes pictures that prompts name by `--cn` again."""

@@ -7,13 +7,19 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from library.errors import Problem
-from library.models.cascade.control_names import FILTER, filter_params, is_folder_filter, is_own
+from library.models.cascade.control_names import FILTER, filter_params, is_folder_filter, untyped_problems
 from library.models.cascade.options import TrainedStageCModelOptions
-from library.option_groups import COMMAND_LINE, OptionGroup, opt
+from library.option_groups import OptionGroup, opt
 from library.training.checks import must_exist
 from library.training.options_cascade import FROZEN_DROPOUT, StageCOptions
 
 _FOLDER = "--conditioning_data_dir"
+_WITH_CACHES: dict[str, tuple[str, ...]] = {
+    "cache_latents_to_disk": (),
+    "cache_text_encoder_outputs_to_disk": (),
+    "cache_conditions_to_disk": (),
+    "webdataset_path": (),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +101,7 @@ class ControlNetTrainingOptions(
     changes={
         "save_model_as": {"choices": ("ckpt", "safetensors"), "help": "Format of saved ControlNets."},
         "stage_c_dropout": FROZEN_DROPOUT,
+        "cache_dir": {"matters_when": _WITH_CACHES},
     },
     leave_out=("use_safetensors", "fused_backward_pass"),
 ):
@@ -113,10 +120,8 @@ class ControlNetTrainingOptions(
     def check_together(self) -> Iterator[Problem]:
         """Yield what is wrong between groups."""
         yield from super().check_together()
-        name = self.control_net.controlnet_filter
-        if name and is_own(name) and self.given.get("controlnet_filter") != COMMAND_LINE:
-            # Files are downloaded, and would run code that nobody asked for.
-            yield Problem(FILTER, f"{name!r} is code of your own, which files may not name", "Give it by typing it.")
+        if name := self.control_net.controlnet_filter:
+            yield from untyped_problems([name], self.given.get("controlnet_filter"))
         if self.optimizer.learning_rate == 0:
             yield Problem("--learning_rate", "0 trains nothing")
         if self.control_net.cache_conditions_to_disk and self.data.webdataset_streaming:

@@ -123,11 +123,6 @@ class SampleImages:
                 place=getattr(renderer, "sample_place", TRAINING_SAMPLES),
                 strict=False,
             )
-        if getattr(renderer, "needs_guides", False):
-            for prompt in self.prompts:
-                if not prompt.controlnet_image:
-                    logger.warning("%s: left out: it names no picture to make again (--cn photo.jpg)", prompt.where)
-            self.prompts = [prompt for prompt in self.prompts if prompt.controlnet_image]
         for prompt in self.prompts:
             if prompt.controlnet_image and not getattr(renderer, "reads_guides", False):
                 logger.warning("%s: --cn has no effect, this model has no ControlNet", prompt.where)

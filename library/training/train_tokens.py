@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.checkpoints.cascade_lora import WORD_CHANGES, WORD_IDS
+from library.checkpoints.cascade_lora import WORD_CHANGES, WORD_IDS, check_word_width, word_changes
 from library.checkpoints.embedding_file import write_embedding
 from library.checkpoints.lora_layouts import BUNDLED
 from library.contracts import ParamGroup
@@ -104,7 +104,13 @@ class TrainedTokens:
 
     def _endings(self) -> dict[str, str]:
         words = [token.text for token in self.plan.tokens if token.row is not None]
-        return {word: f"_{safe_file_name(word[1:-1]) or f'word{number}'}" for number, word in enumerate(words, start=1)}
+        found: dict[str, str] = {}
+        for number, word in enumerate(words, start=1):
+            ending = f"_{safe_file_name(word[1:-1]) or f'word{number}'}"
+            # [dog] and <dog> are two words, and some systems take Dog and dog for one name.
+            taken = ending.lower() in map(str.lower, found.values())
+            found[word] = f"{ending}_{number}" if taken else ending
+        return found
 
     def attach(self, family: ModelFamily, seed: int) -> ChangedRows:
         """Make the text encoder use the rows, and its tokenizer know the new words; return the rows."""
@@ -117,7 +123,7 @@ class TrainedTokens:
 
     def load(self, bundled: Mapping[str, Tensor], where: str) -> None:
         """Begin with what the words of a LoRA file have come to."""
-        found = start_changes(self.plan.tokens, tuple(self._rows.ids), self._rows.first, bundled)
+        found = start_changes(self.plan.tokens, tuple(self._rows.ids), self._rows.first, bundled, where)
         self._rows.load_changes(found)
         if found:
             logger.info("%s: begins with the vectors of %d trained tokens", where, len(found))
@@ -173,16 +179,23 @@ def first_rows(plan: TokenPlan, embedding: Any, seed: int) -> dict[int, Tensor]:
 
 
 def start_changes(
-    tokens: Sequence[TrainedToken], ids: Sequence[int], first: Tensor, bundled: Mapping[str, Tensor]
+    tokens: Sequence[TrainedToken], ids: Sequence[int], first: Tensor, bundled: Mapping[str, Tensor], where: str
 ) -> dict[int, Tensor]:
-    """Return what the words of a LoRA file add to rows, by id: vectors of words count before changes by number."""
+    """Return what the words of a LoRA file add to rows, [d] by id: changes by number count before vectors of words.
+
+    Raises:
+        UserError: the file is damaged, or for another text encoder; `where` names it.
+    """
     found: dict[int, Tensor] = {}
-    if WORD_CHANGES in bundled and WORD_IDS in bundled:
-        pairs = zip(bundled[WORD_IDS].tolist(), bundled[WORD_CHANGES].float(), strict=True)
-        found = {number: change for number, change in pairs if number in ids}
+    changed = word_changes(bundled, where)
+    if changed is not None:
+        numbers, changes = changed
+        check_word_width(changes, first.shape[1], where)
+        found = {number: change for number, change in zip(numbers.tolist(), changes, strict=True) if number in ids}
     for token in tokens:
         vector = bundled.get(f"{BUNDLED}{token.text}.{ENCODER}")
         if token.row is not None and vector is not None and token.row not in found:
+            check_word_width(vector, first.shape[1], where)
             found[token.row] = vector[0].float() - first[list(ids).index(token.row)].cpu()
     return found
 

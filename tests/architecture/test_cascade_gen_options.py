@@ -87,3 +87,22 @@ def test_mistakes_are_told_in_one_line_each(words, message, capsys, tmp_path):
     refused = run_script(stable_cascade_gen_img.Options, lambda opts: pytest.fail("it was to be refused"), words)
     assert refused == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.toml", 'controlnet_filter = ["os:getcwd"]'),
+        ("a.yaml", "controlnet_filter: 'os:getcwd'\ncontrolnet_checkpoint_path: net"),
+    ],
+)
+def test_code_of_the_users_own_is_named_by_typing_it(name, text, capsys, tmp_path):
+    config, net = tmp_path / name, tmp_path / "net"
+    net.touch()
+    config.write_text(text.replace(": net", f": {net}"))
+    words = [f"--config_file={config}", f"--controlnet_checkpoint_path={net}", f"--stage_c_checkpoint_path={net}"]
+    words += ["--prompt=a", f"--outdir={tmp_path}"]
+    refused = run_script(stable_cascade_gen_img.Options, lambda opts: pytest.fail("it was to be refused"), words)
+    assert refused == 2
+    assert "'os:getcwd' is code of your own, which files may not name" in capsys.readouterr().err
+    assert parse(stable_cascade_gen_img.Options, [*words[1:], "--controlnet_filter=os:getcwd"]).control

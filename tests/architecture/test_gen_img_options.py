@@ -100,6 +100,10 @@ def test_old_names_and_options_of_older_scripts(tmp_path):
     assert "VGG16" in ELSEWHERE["vgg16_guidance_scale"]
 
 
+def test_an_empty_prompt_is_a_prompt():
+    assert parse(gen_img.Options, ["--ckpt=m", "--prompt="]).source.prompt == ""
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -274,6 +274,9 @@ def test_files_name_no_code(control_cascade, photo_folders, tmp_path, capsys):
     assert train_control_net(*[word for word in words if not word.startswith("--controlnet_filter=")]) == 2
     assert "'os:getcwd' is code of your own, which files may not name" in capsys.readouterr().err
     assert stored_control_filter({"stable_cascade.controlnet_filter": "os:getcwd"}) == (None, ())
+    params = json.dumps(["saliency_model_path=//host/a.pt", "p_outpaint=0"])
+    told = {"stable_cascade.controlnet_filter": "inpaint", "stable_cascade.controlnet_filter_params": params}
+    assert stored_control_filter(told) == ("inpaint", ("p_outpaint=0",))
 
 
 # Configuration files and filters of the user's own ----------------------------------------------------------------

@@ -147,6 +147,11 @@ def test_prompts_are_read_from_standard_input_without_a_word_about_it(draw, monk
     assert abs(only(draw()) - cat).max() == 0
 
 
+def test_an_empty_prompt_is_a_prompt(draw, monkeypatch, cat):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a cat --d 1\n"))
+    assert (only(draw("--prompt=", "--seed=1")) != cat).any()
+
+
 def prefixed(path, prefix):
     return {prefix + name: tensor for name, tensor in load_file(path).items()}
 

@@ -252,8 +252,6 @@ BAD = {
         lambda folder: (*WORDS, "--network_train_unet_only", "--cache_text_encoder_outputs"),
         "cannot be combined with --train_tokens",
     ),
-    "filters": (lambda folder: ("--network_args", "module_filters=.atn"), "leave none of the"),
-    "blocks": (lambda folder: ("--network_args", "block_dims=1,2"), "block_dims"),
     "LoRA for SD": (lambda folder: (f"--network_weights={bad_lora(folder)}",), "was made for Stable Diffusion 1.x"),
     "SD as stage C": (
         lambda folder: (f"--stage_c_checkpoint_path={make_random_sd(Path(folder) / 'sd1.safetensors')}",),

@@ -9,13 +9,13 @@ import torch
 from library.checkpoints.cascade_configs import diffusers_config
 from library.checkpoints.cascade_parts import STAGE_A_SCALE, EffNetConfig, MBStage, StageAConfig
 from library.checkpoints.save_cascade import file_tensors
+from library.contracts import END_ID
 from library.models.cascade.effnet import make_features
 from library.models.cascade.stage_a import StageA
 from library.models.cascade.text import build_projected_text_encoder, encode_chunks
 from library.models.cascade.unet import StageInputs
-from library.models.cascade.vision import build_image_encoder, embed_images
+from library.models.cascade.vision import embed_images, make_image_encoder
 from library.models.random_cascade import random_part
-from library.models.tokenizer import END_ID
 from tests.cascade_models import SMALL_B, SMALL_C, inputs_b, inputs_c, noise, randomize, small_stage
 
 pytestmark = pytest.mark.compat
@@ -293,7 +293,8 @@ def test_image_embeddings_follow_the_usual_preprocessing():
     from transformers import CLIPImageProcessor
 
     made = random_part("vision")
-    encoder = build_image_encoder(made.config, made.tensors, device=torch.device("cpu"), dtype=torch.float32)
+    encoder = make_image_encoder(made.config).eval()
+    encoder.load_state_dict(made.tensors)
     picture = Image.open(PHOTO).convert("RGB").resize((300, 220))
     usual = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     expected = encoder(usual(picture, return_tensors="pt")["pixel_values"]).image_embeds

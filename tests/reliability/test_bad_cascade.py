@@ -99,6 +99,9 @@ def place(tmp_path_factory, tiny_cascade, tiny_sd1) -> Path:
     stage = load_file(tiny_cascade.stage_c)
     stage.pop("down_blocks.0.0.channelwise.0.bias")
     save_file(stage, place / "lacking.safetensors")
+    stage = load_file(tiny_cascade.stage_b)
+    stage.pop(next(name for name in stage if name.startswith("up_blocks")))
+    save_file(stage, place / "lacking_b.safetensors")
     (place / "cut.safetensors").write_bytes(tiny_cascade.stage_c.read_bytes()[:-100])
     (place / "page.safetensors").write_text("<html>404</html>")
     return place
@@ -177,6 +180,15 @@ FILES = [
     ("draw", f"{C}=m/stage_b.safetensors", "stage B, not stage C", B),
     ("draw", f"{A}=m/effnet_encoder.safetensors", A, "the EfficientNet encoder, not stage A"),
     ("draw", "--network_weights=lora.safetensors", "made for Stable Diffusion 1.x", "--network_weights"),
+    ("draw", f"{C}=lacking.safetensors", "stage C in lacking.safetensors", "down_blocks.0.0.channelwise.0.bias"),
+    ("draw", f"{C}=wide/stage_c.safetensors", f"{TEXT} m/text_model.safetensors: makes vectors of 32", "reads 64"),
+    ("draw", f"{B}=lacking_b.safetensors", "stage B in lacking_b.safetensors", "missing"),
+    (
+        "draw",
+        "--controlnet_checkpoint_path=m/controlnet.safetensors",
+        "which filter it was trained",
+        "--controlnet_fil",
+    ),
     ("latents", f"{EFFNET}=affine.safetensors", "its last norm has weights", "affine.safetensors"),
     ("texts", f"{TEXT}=m/image_model.safetensors", "is Stable Cascade: a CLIP image encoder", "image_model"),
     ("convert", "sd1.safetensors made", "is Stable Diffusion 1.x", "sd1.safetensors"),
@@ -265,6 +277,8 @@ OPTIONS = [
     ("c", "--cache_latents --random_crop", "--random_crop: cannot be combined with --cache_latents"),
     ("c", "--global_batch_size=4 --train_batch_size=2", "cannot be combined with --train_batch_size"),
     ("c", "--pretrained_model_name_or_path=x", "--stage_c_checkpoint_path"),
+    ("network", "--network_args module_filters=.atn", "module_filters: leave none of the"),
+    ("network", "--network_args block_dims=1,2", "block_dims is for the blocks of Stable Diffusion's U-Net, which"),
     ("network", "--train_tokens ^notaword", "no token of the vocabulary matches"),
     ("network", "--train_tokens (", "'(' is no regular expression"),
     ("network", "--train_tokens [x]=[", "is no regular expression"),
@@ -277,6 +291,7 @@ OPTIONS = [
     ("control", "--learning_rate=0", "0 trains nothing"),
     ("draw", "--fp16", "--fp16: the weights of stage C overflow"),
     ("convert", "m/stage_c.safetensors made.safetensors --to diffusers", "Leave out its suffix"),
+    ("convert", "m/stage_c.safetensors made.bin", "made.bin: .bin is no suffix of a file that is written"),
     ("lora", "m/stage_c.safetensors made.ckpt", "End it with .safetensors"),
     ("shards", "photos/1_duck made --shard_size=0", "--shard_size"),
     ("latents", "~effnet_checkpoint_path", "--effnet_checkpoint_path: is required"),

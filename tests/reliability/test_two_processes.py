@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import stable_cascade_train_c_network as network_script
@@ -58,9 +60,22 @@ def runs(tiny_cascade, fork_server, tmp_path_factory):
         shutil.copy(path, photos)
     command = command_maker(tiny_cascade, place / "photos")
     assert train_stage_c(*command(place / "one", *WITH_EVERYTHING, ACCUMULATED)) == 0
-    fork_server.run_ranks(STAGE_C, command(place / "ddp", *WITH_EVERYTHING))
-    fork_server.run_ranks(STAGE_C, command(place / "fsdp", *WITH_EVERYTHING, "--fsdp"))
+    prompts = place / "three.txt"
+    prompts.write_text("".join(f"a duck --w 128 --h 96 --s 1 --d {seed}\n" for seed in range(3)))
+    drawn = (f"--sample_prompts={prompts}", "--sample_every_n_steps=3")
+    drawn = (*drawn, f"--previewer_checkpoint_path={tiny_cascade.previewer}")
+    fork_server.run_ranks(STAGE_C, command(place / "ddp", *WITH_EVERYTHING, *drawn))
+    fork_server.run_ranks(STAGE_C, command(place / "fsdp", *WITH_EVERYTHING, *drawn, "--fsdp"))
     return place, command
+
+
+def pictures(folder: Path) -> dict[str, np.ndarray]:
+    """Return levels of sample pictures by prompt and whose weights drew them."""
+    found = {}
+    for path in (folder / "sample").iterdir():
+        number, _, seed, *ending = path.stem.removeprefix("duck_000003_").split("_")
+        found["_".join([number, seed, *ending])] = np.asarray(Image.open(path).convert("RGB"), dtype=np.int16)
+    return found
 
 
 def test_two_processes_do_what_accumulation_does(runs, tiny_cascade):
@@ -83,6 +98,16 @@ def test_shared_weights_train_the_same_and_are_written_whole(runs, tiny_cascade)
     for number, values in one["state"].items():
         for name, value in values.items():
             assert torch.allclose(value, other["state"][number][name], rtol=1e-3, atol=1e-7), (number, name)
+
+
+def test_shared_weights_draw_three_pictures_in_two_processes(runs):
+    """One process draws two of them, the other one; then both those of the average."""
+    place, _ = runs
+    wanted, found = pictures(place / "ddp"), pictures(place / "fsdp")
+    assert wanted.keys() == found.keys() == {f"0{i}_{i}{ending}" for i in range(3) for ending in ("", "_ema")}
+    for name, picture in wanted.items():
+        assert np.abs(picture - found[name]).max() <= 1, name
+    assert any((picture != wanted[f"{name}_ema"]).any() for name, picture in wanted.items() if "ema" not in name)
 
 
 def test_shared_weights_resume_with_the_same_bits(runs, fork_server):

@@ -46,6 +46,13 @@ class ControlFilter(Protocol):
     def num_channels(self) -> int:
         """Channels of the condition."""
 
+    def open_files(self) -> None:
+        """Read what would be found out to be wrong only when the first picture is there.
+
+        Raises:
+            UserError: a file cannot be used.
+        """
+
     def prepare(self, picture: Picture, rng: random.Random, mask: NDArray[np.bool_] | None = None) -> Array:
         """Return what can be made of one picture, float32 [C,h,w].
 
@@ -68,6 +75,9 @@ class PlainFilter:
     def kept(self) -> str:
         """Names all but the picture that decides what `find` finds; empty: there is nothing worth being kept."""
         return ""
+
+    def open_files(self) -> None:
+        """Nothing to read."""
 
     def finish(self, prepared: Tensor, encode: Encode, seed: int) -> Tensor:
         """Return what was prepared."""

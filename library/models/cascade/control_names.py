@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from library.errors import Problem
+from library.option_groups import COMMAND_LINE
 from library.option_values import BadValue
 
 FILTER, PARAMS = "--controlnet_filter", "--controlnet_filter_params"
@@ -23,6 +25,18 @@ OFFICIAL_NAMES = {
 def is_own(name: str) -> bool:
     """Whether a name stands for a class of the user's own, `module:Class` or `package.module.Class`."""
     return ":" in name or "." in name
+
+
+def untyped_problems(names: Iterable[str], source: str | None) -> Iterator[Problem]:
+    """Yield filters of the user's own that a file names: files are downloaded, and would run code unasked.
+
+    Args:
+        names: of filters.
+        source: where the option was set, as `OptionSet.given` tells it.
+    """
+    for name in names if source != COMMAND_LINE else ():
+        if is_own(name):
+            yield Problem(FILTER, f"{name!r} is code of your own, which files may not name", "Give it by typing it.")
 
 
 def is_folder_filter(name: str) -> bool:

@@ -6,7 +6,6 @@ fit, and torchvision itself is not needed. Batch norms always use their running 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from library.checkpoints.cascade_parts import EffNetConfig, MBStage
-from library.models.assemble import build_module
 
 _EPS = 1e-3
 _SQUEEZE = 4
@@ -133,14 +131,3 @@ def standardize(pixels: Tensor, mean: Channels, std: Channels) -> Tensor:
 def _on_device(values: Channels, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return numbers of channels as [1,3,1,1]; sent to a GPU once, for every time would wait for it."""
     return torch.tensor(values, device=device, dtype=dtype).reshape(1, -1, 1, 1)
-
-
-def build_effnet(
-    config: EffNetConfig, tensors: Mapping[str, Tensor], *, device: torch.device, dtype: torch.dtype
-) -> EffNetEncoder:
-    """Build the encoder around its tensors; frozen.
-
-    Raises:
-        UserError: names or shapes do not fit.
-    """
-    return build_module(lambda: EffNetEncoder(config), tensors, what="EfficientNet encoder", device=device, dtype=dtype)

@@ -39,14 +39,14 @@ def check_file_fit(model: CascadeModelOptions) -> None:
     if (path := _local(model.text_model_checkpoint_path)) is not None:
         text = load_cascade.load_text(path)
         what = f"text encoder in {path}"
-        complete.append(partial(_require_complete, make_projected_text_encoder, text.config, text.tensors, what))
-        problems += _misfits(model, config, text.config, f"{_TEXT} {path}")
+        complete.append(partial(require_complete, make_projected_text_encoder, text.config, text.tensors, what))
+        problems += _misfits(model.stage, config, text.config, f"{_TEXT} {path}")
     if isinstance(model, StageCModelOptions) and model.clip_image_cond_rate:
         path = _local(model.image_model_checkpoint_path)
         if path is not None:
             seen = load_cascade.load_vision(path)
             what = f"image encoder in {path}"
-            complete.append(partial(_require_complete, make_image_encoder, seen.config, seen.tensors, what))
+            complete.append(partial(require_complete, make_image_encoder, seen.config, seen.tensors, what))
             problems += _differs(config.c_image, seen.config["projection_dim"], "ViT-L/14", f"{_IMAGE} {path}")
     raise_problems(problems)
     for require in complete:
@@ -60,7 +60,7 @@ def open_complete_stage(path: str | Path, stage: str) -> load_cascade.LoadedPart
         UserError: it is damaged, another part, or incomplete.
     """
     opened = load_cascade.load_stage(path, stage)
-    _require_complete(CascadeUNet, opened.config, opened.tensors, f"stage {stage.upper()} in {path}")
+    require_complete(CascadeUNet, opened.config, opened.tensors, f"stage {stage.upper()} in {path}")
     return opened
 
 
@@ -75,17 +75,33 @@ def _local(name: str | None) -> Path | None:
     return Path(name) if name and Path(name).exists() else None
 
 
-def _require_complete(make: Callable[[Any], nn.Module], config: Any, tensors: Mapping[str, Tensor], what: str) -> None:
+def check_text_fit(
+    stage: str, config: CascadeConfig, text: load_cascade.LoadedPart[dict[str, Any]], name: str | None
+) -> None:
+    """Compare an opened text encoder with what it should be, and with stage `c` or `b`; messages give it a name.
+
+    Raises:
+        UserError: it lacks tensors, or makes vectors of another size than the stage reads.
+    """
+    where = str(text.path) if name is None else f"{_TEXT} {name}"
+    raise_problems(list(_misfits(stage, config, text.config, where)))
+    require_complete(make_projected_text_encoder, text.config, text.tensors, f"text encoder in {text.path}")
+
+
+def require_complete(make: Callable[[Any], nn.Module], config: Any, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Refuse tensors that are not all those of the module that `make` makes, or of other shapes.
+
+    Raises:
+        UserError: naming the part by `what`.
+    """
     with torch.device("meta"):
         check_fit(make(config), tensors, what)
 
 
-def _misfits(
-    model: CascadeModelOptions, config: CascadeConfig, text: Mapping[str, Any], where: str
-) -> Iterator[Problem]:
-    if model.stage == "c":
+def _misfits(stage: str, config: CascadeConfig, text: Mapping[str, Any], where: str) -> Iterator[Problem]:
+    if stage == "c":
         yield from _differs(config.c_text, text["hidden_size"], "ViT-bigG/14", where)
-    if model.stage == "b" or config.c_text == text["hidden_size"]:
+    if stage == "b" or config.c_text == text["hidden_size"]:
         yield from _differs(config.c_pooled, text["projection_dim"], "ViT-bigG/14", where)
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from library.checkpoints.cascade_parts import PreviewerConfig
-from library.models.assemble import build_module
 from library.models.cascade.effnet import FixedBatchNorm2d
 
 
@@ -34,14 +32,3 @@ class Previewer(nn.Module):
         """Return pixels clamped to [0,1]."""
         latents = latents.to(self.blocks[0].weight.dtype).contiguous(memory_format=torch.channels_last)
         return self.blocks(latents).clamp(0, 1)
-
-
-def build_previewer(
-    config: PreviewerConfig, tensors: Mapping[str, Tensor], *, device: torch.device, dtype: torch.dtype
-) -> Previewer:
-    """Build the previewer around its tensors; frozen, in evaluation mode.
-
-    Raises:
-        UserError: names or shapes do not fit.
-    """
-    return build_module(lambda: Previewer(config), tensors, what="previewer", device=device, dtype=dtype)

@@ -120,6 +120,17 @@ def open_sources(model: CascadeModelOptions, unused: Collection[str] = ()) -> Ca
     return CascadeSources(stage, config, text, effnet)
 
 
+def bare_stage(model: CascadeModelOptions) -> CascadeUNet:
+    """Return the stage of options without weights, by the names and shapes in its file.
+
+    Raises:
+        UserError: the file is missing, damaged, or another part.
+    """
+    config = load_cascade.load_stage(model.stage_path or "", model.stage).config
+    with torch.device("meta"):
+        return CascadeUNet(config)
+
+
 def open_text(model: CascadeModelOptions) -> LoadedPart[dict[str, Any]]:
     """Open the text encoder: a file or folder, or its repository on Hugging Face.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from library.contracts import FamilySpec, TokenizerSpec
+from library.contracts import END_ID, FamilySpec, TokenizerSpec
 from library.errors import named_by
 from library.models.cascade.options import CascadeModelOptions, StageCModelOptions
 
-TOKENIZER = TokenizerSpec("clip_g", pad_id=49407)
+TOKENIZER = TokenizerSpec("clip_g", pad_id=END_ID)
 
 ENCODED_SHARE = 0.75
 """Sides of a picture as EfficientNet sees it, over those of the picture that is drawn of its latents."""

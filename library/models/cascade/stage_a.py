@@ -5,14 +5,12 @@ Structure: the Paella VQGAN (arXiv:2211.07292) that Würstchen and Stable Cascad
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from library.checkpoints.cascade_parts import STAGE_A_SCALE, StageAConfig
-from library.models.assemble import build_module
 from library.models.cascade.blocks import normalize
 from library.models.cascade.effnet import FixedBatchNorm2d
 
@@ -84,14 +82,3 @@ class StageA(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Return pixels that were encoded and decoded."""
         return self.decode(self.encode(pixels))
-
-
-def build_stage_a(
-    config: StageAConfig, tensors: Mapping[str, Tensor], *, device: torch.device, dtype: torch.dtype
-) -> StageA:
-    """Build stage A around its tensors; frozen, in evaluation mode.
-
-    Raises:
-        UserError: names or shapes do not fit.
-    """
-    return build_module(lambda: StageA(config), tensors, what="stage A", device=device, dtype=dtype)

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from library.contracts import END_ID
 from library.models.assemble import build_module
 from library.models.clip_text import TextEncoder, join_chunks, join_factors, make_text_encoder
-from library.models.tokenizer import END_ID
 
 
 class TextStates(NamedTuple):

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from library.models.assemble import build_module
 from library.models.cascade.effnet import standardize
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -24,17 +22,6 @@ def make_image_encoder(config: Mapping[str, Any]) -> nn.Module:
     vision_config = CLIPVisionConfig.from_dict(dict(config))
     vision_config._attn_implementation = "sdpa"
     return CLIPVisionModelWithProjection(vision_config)
-
-
-def build_image_encoder(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, device: torch.device, dtype: torch.dtype
-) -> nn.Module:
-    """Build the encoder around its tensors; frozen, in evaluation mode.
-
-    Raises:
-        UserError: names or shapes do not fit the configuration.
-    """
-    return build_module(lambda: make_image_encoder(config), tensors, what="image encoder", device=device, dtype=dtype)
 
 
 def embed_images(encoder: Any, pixels: Tensor) -> Tensor:

@@ -77,7 +77,8 @@ class NetworkPlan:
         name = network.network_module or ""
         module = import_network_module(name)
         dim = None if network.dim_from_weights else network.network_dim
-        problems = [*argument_problems(name, module, dim, network.network_alpha, network.arguments)]
+        size = dim, network.network_alpha
+        problems = [*argument_problems(name, module, size, network.arguments, opts.family_name)]
         if opts.precision.fp8_base or network.fp8_base_unet:
             problems += float8_problems(name, network.arguments)
         raise_problems([*problems, *value_problems(opts)])
@@ -96,6 +97,16 @@ class NetworkPlan:
     def text_learns(self) -> bool:
         """Whether gradients have to pass through the text encoder."""
         return self.trains_text or self.companion is not None
+
+    def check_layers(self, denoiser: nn.Module) -> None:
+        """Let the module see whether its arguments leave layers of the denoiser, which may be one without weights.
+
+        Raises:
+            UserError: they leave none.
+        """
+        check = getattr(self.module, "check_layers", None)
+        if check is not None:
+            check(denoiser, self.opts.network.arguments)
 
     def prepare(self, family: ModelFamily) -> None:
         """Change the model in memory as the options ask, before anything of it is cached."""

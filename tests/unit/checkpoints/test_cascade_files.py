@@ -25,12 +25,13 @@ from library.checkpoints.parts import SaveSettings
 from library.checkpoints.save_cascade import file_tensors, save_component, save_part
 from library.checkpoints.tensor_files import NonFiniteWeights
 from library.errors import UserError
+from library.models.assemble import build_module
 from library.models.cascade.control_net import build_control_net
-from library.models.cascade.effnet import build_effnet
-from library.models.cascade.previewer import build_previewer
-from library.models.cascade.stage_a import build_stage_a
+from library.models.cascade.effnet import EffNetEncoder
+from library.models.cascade.previewer import Previewer
+from library.models.cascade.stage_a import StageA
 from library.models.cascade.unet import build_stage
-from library.models.cascade.vision import build_image_encoder
+from library.models.cascade.vision import make_image_encoder
 from library.models.random_cascade import (
     TINY_A,
     TINY_B,
@@ -328,14 +329,18 @@ def test_damaged_files_give_one_line(part, lost, files, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def builder(make):
+    return lambda config, tensors, **place: build_module(lambda: make(config), tensors, what="part", **place)
+
+
 BUILDERS = {
     "stage_c": build_stage,
     "stage_b": build_stage,
-    "stage_a": build_stage_a,
-    "effnet": build_effnet,
-    "previewer": build_previewer,
+    "stage_a": builder(StageA),
+    "effnet": builder(EffNetEncoder),
+    "previewer": builder(Previewer),
     "controlnet": build_control_net,
-    "vision": build_image_encoder,
+    "vision": builder(make_image_encoder),
 }
 
 

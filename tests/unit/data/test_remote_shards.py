@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 from loading_helpers import FAMILY, FakeTokenizer
@@ -25,6 +26,7 @@ from library.data.shards import expand_shards
 from library.data.stream import batches_of
 from library.data.tar_index import index_shard
 from library.errors import UserError
+from library.files import CannotSave
 
 
 @pytest.fixture(autouse=True)
@@ -152,6 +154,21 @@ def test_indexing_takes_few_requests(serve, monkeypatch):
     assert len(server.asked) > 8
 
 
+def test_without_credentials_there_are_no_further_attempts(monkeypatch):
+    class NoCredentialsError(ValueError):
+        pass
+
+    def info(url):
+        tried.append(url)
+        raise NoCredentialsError("Unable to locate credentials")
+
+    tried = []
+    monkeypatch.setattr(remote_files, "file_system", lambda url: SimpleNamespace(info=info))
+    with pytest.raises(UserError, match="Unable to locate credentials. Set AWS_ACCESS_KEY_ID"):
+        remote_facts("s3://bucket/a.tar")
+    assert len(tried) == 1
+
+
 def test_silent_servers_are_given_up(monkeypatch):
     """One that takes connections and never answers."""
     pytest.importorskip("aiohttp")
@@ -180,6 +197,19 @@ def test_copies_are_made_once(serve, tmp_path):
     assert server.asked == []
     server.contents["a.tar"] += bytes(512)
     assert local_copy(server.url("a.tar"), tmp_path / "copies") != copy
+
+
+def test_copies_have_names_that_every_system_takes(serve, tmp_path):
+    server, name = serve(), "a" * 300 + ".tar"
+    server.contents[name] = server.contents["a.tar"]
+    copy = local_copy(server.url(name), tmp_path / "copies")
+    assert copy.name.endswith("-shard.tar") and copy.is_file()
+
+
+def test_a_folder_for_copies_that_cannot_be_made_is_told(serve, tmp_path):
+    (tmp_path / "copies").touch()
+    with pytest.raises(CannotSave, match="cannot save .*copies"):
+        local_copy(serve().url("a.tar"), tmp_path / "copies")
 
 
 def test_those_who_want_the_same_copy_wait_for_it(serve, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from tar_helpers import make_shard, picture, sample_files, write_tar
 
 from library.contracts import Position, RunLength
 from library.data.cache_names import CacheRules, cache_path, text_cache_path
+from library.data.dataset_spec import SubsetSpec
 from library.data.loader import PlannedBatches
 from library.data.opening import open_data
 from library.data.options import CacheOptions, DatasetOptions, LoaderOptions, SubsetOptions
 from library.data.storage import holding
+from library.data.summary import folder_name
 from library.errors import UserError
 
 START = Position()
@@ -64,6 +67,25 @@ def test_rows_are_those_of_the_tar_files(shards):
     assert list(data.table.captions()) == [f"caption {n}" for n in range(9)]
     assert data.table.size_wh(0) == (24, 16)
     assert data.table.file_sizes[3] == len(picture(3))
+
+
+def test_what_filters_find_is_kept_in_a_folder_that_is_named(tmp_path, shards):
+    finder = SimpleNamespace(kept="edges", from_file=False)
+    with pytest.raises(UserError, match="--cache_dir: is needed: nothing can be kept beside images in tar files"):
+        opened(webdataset_path=tuple(shards)).keep_conditions(finder, "_control")
+    opened(webdataset_path=tuple(shards), cache={"cache_dir": str(tmp_path)}).keep_conditions(finder, "_control")
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ("https://host/photos/a.tar?signature=secret", "a.tar"),
+        ("pipe:curl -H token:secret https://host/a.tar", "pipe"),
+        ("photos/what?.tar", "what?.tar"),
+    ],
+)
+def test_models_tell_no_keys_to_where_data_are(entry, told):
+    assert folder_name(SubsetSpec(webdataset_path=(entry, "b.tar"))) == told
 
 
 def test_batches_equal_those_of_a_folder_of_the_same_pictures(tmp_path, shards):

@@ -217,12 +217,14 @@ def test_bad_pictures_are_replaced_and_damage_is_told(tmp_path, caplog):
     assert "b/set/0011.jpg" not in {key for batch in found for key in batch.record_keys}
 
 
-def test_tar_files_that_vanish_end_the_run_with_a_message(folder):
+def test_tar_files_that_vanish_end_the_run_with_a_message(folder, caplog):
     data = opened(folder, run_batches=60)
     for path in folder.iterdir():
         path.unlink()
     with pytest.raises(UserError, match="20 batches in a row could not be read"):
         serve(data, steps=60)
+    # A tar file's name comes first, and only once.
+    assert ".tar: No such file or directory" in caplog.text and "directory: '" not in caplog.text
 
 
 def test_hostile_members_are_never_unpickled(tmp_path):

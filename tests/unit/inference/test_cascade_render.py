@@ -8,26 +8,34 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from library.checkpoints.load_cascade import load_control_net
 from library.errors import UserError
 from library.inference.cascade import CASCADE_DEFAULTS, CascadeRenderer, CascadeSettings, latent_size
 from library.inference.cascade_control import ControlPictures, ControlSource
 from library.inference.cascade_decoders import PreviewDecoder, StageBDecoder, StageBSettings
-from library.inference.cascade_extensions import ImageVariation, StartPictures
+from library.inference.cascade_extensions import CascadeBatch, ImageVariation, StartPictures
 from library.inference.cascade_loading import CascadeParts, Placement
+from library.inference.cascade_reconstruction import ReconstructionRenderer
 from library.inference.cascade_samplers import SAMPLERS
 from library.inference.cascade_sampling import SamplingPlan, composed, noised_start, sample_latents, start_noise
 from library.inference.diffusion import RenderingStopped, Watch
 from library.inference.extensions import PictureInputs
 from library.inference.gdf import amplitudes, log_snr, per_picture
 from library.inference.options_cascade import CascadeFileOptions
-from library.inference.prompt_options import CASCADE_GENERATION, CASCADE_SAMPLES
-from library.inference.prompts import load_prompts, parse_prompt_line
-from library.inference.rendering import NotFinite
+from library.inference.prompt_options import CASCADE_GENERATION, CASCADE_SAMPLES, STAGE_B_SAMPLES
+from library.inference.prompts import load_prompts, parse_prompt_line, read_prompts
+from library.inference.rendering import HeldPart, NotFinite
 from library.models.cascade.control_choice import make_filter
+from library.models.cascade.control_filters import PlainFilter
 from library.models.cascade.control_net import CascadeControlNet
+from library.models.cascade.options import CascadeTextOptions, StageBModelOptions
 from library.models.cascade.sources import LazyPart
+from library.models.cascade.specs import STAGE_B
+from library.models.cascade.stage_b import StageB
+from library.models.family import WeightPlan
+from library.models.options import MemoryOptions
 from library.models.random_cascade import make_random_cascade
 
 CPU = torch.device("cpu")
@@ -264,6 +272,64 @@ def test_prompts_of_sample_pictures(tmp_path):
     one, two = load_prompts(path, defaults=CascadeRenderer.sample_defaults, place=CASCADE_SAMPLES)
     assert (one.shift, one.strength, one.width, one.scale, one.steps) == (3, 0.5, 1024, 4, 20)
     assert (two.shift, two.strength, two.sampler) == (None, None, "ddpm")
+
+
+class Noisy(PlainFilter):
+    """A filter that leaves everything to chance."""
+
+    num_channels = 1
+
+    def prepare(self, picture, rng, mask=None):
+        return np.zeros((1, 8, 8), np.float32)
+
+    def finish(self, prepared, encode, seed):
+        return torch.rand(prepared.shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Telling(nn.Module):
+    """Gives back what it looks at."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, guide):
+        return {0: guide * self.scale}
+
+
+def test_chance_in_filters_does_not_depend_on_the_batch(photo):
+    control = ControlPictures([ControlSource(HeldPart(Telling()), Noisy())])
+
+    def guides(*seeds):
+        requests = tuple(replace(CAT, seed=seed) for seed in seeds)
+        inputs = tuple(PictureInputs(guides=(photo,)) for _ in seeds)
+        return control.control(CascadeBatch(requests, inputs, (6, 6), CPU))(0.0)[0]
+
+    assert torch.equal(guides(1, 2, 3), torch.cat([guides(1), guides(2), guides(3)]))
+    assert not torch.equal(guides(1), guides(2))
+
+
+def test_samples_of_stage_b_follow_their_prompt(files, photo, tmp_path):
+    photo.save(tmp_path / "photo.png")
+    paths = {"stage_b_checkpoint_path": str(files.stage_b), "stage_a_checkpoint_path": str(files.stage_a)}
+    paths |= {"effnet_checkpoint_path": str(files.effnet), "text_model_checkpoint_path": str(files.text)}
+    family = StageB.load(
+        StageBModelOptions(**paths), CascadeTextOptions(), MemoryOptions(), spec=STAGE_B, weights=WeightPlan()
+    )
+    renderer = ReconstructionRenderer(family)
+    plain = replace(CAT, width=64, height=64, controlnet_image=str(tmp_path / "photo.png"))
+    different = [plain, *(replace(plain, **{name: value}) for name, value in (("sampler", "ddim"), ("shift", 3.0)))]
+    made = {np.asarray(picture).tobytes() for picture in renderer.render(different)}
+    assert len(made) == 3
+
+
+def test_options_of_stage_c_do_nothing_in_prompts_of_stage_b(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat --ss lcm --cn a.png\na dog --cn a.png --t 0.5\na bird\n", encoding="utf-8")
+    found = read_prompts(path, defaults=CASCADE_DEFAULTS, place=STAGE_B_SAMPLES)
+    assert [(request.sampler, request.strength) for request in found.requests] == [("lcm", None), ("ddpm", None)]
+    assert [note.partition("--")[2] for note in found.notes] == ["t has no effect on this kind of model"]
+    assert [problem.what for problem in found.problems] == ["names no picture to make again"]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -72,6 +72,7 @@ def test_tables_take_numbers_and_lists():
 @pytest.mark.parametrize(
     ("option", "words"),
     [
+        ("--w 10", "from 64 to 8192"),
         ("--d 1,,2", "separated by commas"),
         ("--d x", "--d is 'x'"),
         ("--d -1", "--d"),

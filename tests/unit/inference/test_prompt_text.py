@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from library.contracts import TokenizerSpec
+from library.contracts import END_ID, START_ID, TokenizerSpec
 from library.inference.prompt_text import PromptEncoder, split_parts, weight_tokens
-from library.models.tokenizer import END_ID, START_ID, ClipTokenizer
+from library.models.tokenizer import ClipTokenizer
 
 CPU = torch.device("cpu")
 

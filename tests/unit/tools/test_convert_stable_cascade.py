@@ -53,6 +53,11 @@ def test_bfloat16_stays_or_is_made(files, tmp_path):
         assert torch.equal(made[name], tensor.bfloat16())
 
 
+def test_float16_is_warned_of(files, tmp_path, caplog):
+    assert run(files.stage_c, tmp_path / "half.safetensors", "--save_precision=fp16") == 0
+    assert "stage C overflows" in caplog.text
+
+
 def test_a_checkpoint_of_many_parts_becomes_a_folder_of_each_kind(files, tmp_path, caplog):
     tensors = {f"model.diffusion_model.{name}": value for name, value in load_file(files.stage_c).items()}
     tensors |= {f"vae.encoder.{name}": value for name, value in load_file(files.effnet).items()}

@@ -202,6 +202,19 @@ def test_files_bring_the_vectors_back(tmp_path):
     assert tokens.saved_beside == ("_x",)
 
 
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"embeddings.embeddings": torch.zeros(2, 32), "embeddings.indices": torch.tensor([49408])}, "is damaged"),
+        ({"embeddings.embeddings": torch.zeros(1, 31), "embeddings.indices": torch.tensor([49408])}, "have 31 values"),
+        ({"bundle_emb.[x].clip_g": torch.zeros(1, 33)}, "have 33 values, but those of this model have 32"),
+    ],
+)
+def test_files_with_words_that_do_not_fit_are_refused(tensors, message):
+    with pytest.raises(UserError, match=f"lora.safetensors: .*{message}"):
+        attached("[x]")[0].load(tensors, "lora.safetensors")
+
+
 def test_what_patterns_find_is_told(caplog):
     with caplog.at_level(logging.INFO):
         match_tokens(TokenOptions(train_tokens=("[x]=^snail", "^dog")))
@@ -227,3 +240,4 @@ def test_rows_have_a_rate_of_their_own_if_it_is_given():
 
 def test_names_of_files_work_everywhere():
     assert TrainedTokens(plan("[a/b]", "<con>", "[c]")).saved_beside == ("_a_b", "_word2", "_c")
+    assert TrainedTokens(plan("[a/b]", "<a/b>", "[A?b]")).saved_beside == ("_a_b", "_a_b_2", "_A_b_3")
