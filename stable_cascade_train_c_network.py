@@ -26,6 +26,7 @@ def train(opts: Options) -> None:
     """Files, tokens and network module, then data, then models: what is cheap to check comes first."""
     from library.models.cascade.sources import bare_stage
     from library.models.cascade.specs import STAGE_C, check_cascade_files
+    from library.models.network_module import check_layers
     from library.training.cascade_training import KINDS, tell_drawn_size
     from library.training.methods.adapter import NetworkPlan
     from library.training.opening import open_training_data
@@ -36,7 +37,7 @@ def train(opts: Options) -> None:
     if not opts.data.debug_dataset:
         check_cascade_files(opts.model)
         plan = NetworkPlan.of(opts, None if tokens is None else TrainedTokens(tokens))
-        plan.check_layers(bare_stage(opts.model))
+        check_layers(plan.module, bare_stage(opts.model), opts.network.arguments)
     data = open_training_data(opts, STAGE_C, KINDS, None if tokens is None else tokens.tokenizers)
     if data is None or plan is None:
         return

@@ -26,6 +26,45 @@ _REPLACED: Mapping[str, set[str]] = {
 """Options of a file that others on the command line take the place of."""
 
 
+HELP = (
+    "TOML or YAML file with options; the command line wins. `.toml` is added when there is no ending. A YAML file, in "
+    "the original trainer's form, may also stand first, without the name of the option."
+)
+"""About `--config_file`."""
+
+_NAMES: Mapping[str, str] = {
+    "experiment_id": "output_name",
+    "checkpoint_path": "output_dir",
+    "output_path": "sample_dir",
+    "lr": "learning_rate",
+    "batch_size": "global_batch_size",
+    "grad_accum_steps": "gradient_accumulation_steps",
+    "image_size": "resolution",
+    "bucketeer_random_ratio": "bucket_random_ratio",
+    "updates": "max_train_steps",
+    "warmup_updates": "lr_warmup_steps",
+    "save_every": "save_every_n_steps",
+    "backup_every": "backup_every_n_steps",
+    "use_fsdp": "fsdp",
+    "ema_start_iters": "ema_start_steps",
+    "ema_iters": "ema_every_n_steps",
+    "ema_beta": "ema_decay",
+    "offset_noise": "noise_offset",
+    "captions_getter": "caption_field",
+    "dataset_filters": "dataset_filter",
+    "clip_text_model_name": "text_model_checkpoint_path",
+    "clip_image_model_name": "image_model_checkpoint_path",
+    "rank": "network_dim",
+    "lora_checkpoint_path": "network_weights",
+}
+"""Keys of the original trainer that people type as options -> our options."""
+
+
+def option_of(key: str, stage: str) -> str | None:
+    """Return the option that a key stands for, where there is one of another name."""
+    return f"stage_{stage}_checkpoint_path" if key == "generator_checkpoint_path" else _NAMES.get(key)
+
+
 def is_yaml(name: str) -> bool:
     """Whether a name is that of a file of the original trainer."""
     return Path(name).suffix.lower() in cascade_yaml.SUFFIXES
@@ -64,7 +103,7 @@ def read(name: str, *, stage: str, offered: Collection[str], typed: Collection[s
     converted = cascade_yaml.to_options(config, stage=stage, own=offered, where=name)
     options = _completed(converted.options, typed)
     raise_problems(_lacking(converted, typed, name))
-    notes = [*converted.notes, *_replaced(converted, typed, name)]
+    notes = [*converted.notes, *_counted(converted, name), *_replaced(converted, typed, name)]
     _refuse_others(options, converted.sources, offered, name)
     values = {
         option: ConfigValue(value, f"{name}: {converted.sources.get(option) or option}")
@@ -160,6 +199,16 @@ def _lacking(converted: cascade_yaml.Converted, typed: Collection[str], name: st
     keys = [converted.sources.get(option) for option in ("ema_start_steps", "ema_every_n_steps")]
     if any(keys) and "ema_decay" not in {*converted.options, *typed}:
         yield Problem(f"{name}: {next(filter(None, keys))}", "needs ema_beta", "Give ema_beta: 0.9, for example.")
+
+
+def _counted(converted: cascade_yaml.Converted, name: str) -> Iterator[str]:
+    """Yield what becomes of numbers that the original trainer counts in accumulated batches."""
+    options, accumulation = converted.options, converted.options.get("gradient_accumulation_steps", 1)
+    made = [option for option in ("ema_start_steps", "ema_every_n_steps") if converted.sources.get(option)]
+    keys = [converted.sources[option] for option in made]
+    if accumulation > 1 and any(key.endswith("iters") for key in keys):
+        shown = " ".join(f"--{option}={options[option]}" for option in made)
+        yield f"{name}: {' and '.join(keys)}: updates are counted here, {accumulation} batches each: {shown}"
 
 
 def _replaced(converted: cascade_yaml.Converted, typed: Collection[str], name: str) -> Iterator[str]:

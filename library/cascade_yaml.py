@@ -176,7 +176,8 @@ def batch_per_process(global_batch: int, world_size: int, accumulation: int) -> 
     """
     parts = world_size * accumulation
     if global_batch < parts or global_batch % parts:
-        what = f"{global_batch} samples cannot be shared evenly by {world_size} processes x {accumulation} accumulation"
+        processes = f"{world_size} process{'' if world_size == 1 else 'es'}"
+        what = f"{global_batch} samples cannot be shared evenly by {processes} x {accumulation} accumulated batches"
         lower = max(global_batch // parts, 1) * parts
         hint = f"Use {lower} or {lower + parts}." if global_batch > parts else f"Use {lower}."
         raise UserError(what, hint, where="batch_size")
@@ -294,9 +295,6 @@ def _filter_params(value: dict[str, Any], config: Config) -> Options:
     return {"controlnet_filter_params": tuple(f"{name}={json.dumps(item)}" for name, item in value.items())}
 
 
-_EMA_NOTE = "counted in updates here, so that with grad_accum_steps the number is divided by it"
-
-
 def _keys(stage: str) -> dict[str, Key]:
     """Return the keys known for a stage."""
     return {**_COMMON, "generator_checkpoint_path": Key(_text, _as(f"stage_{stage}_checkpoint_path"))}
@@ -326,8 +324,8 @@ _COMMON: dict[str, Key] = {
     "save_every": Key(_whole, _as("save_every_n_steps", "sample_every_n_steps")),
     "backup_every": Key(_whole, _as("backup_every_n_steps")),
     "use_fsdp": Key(_switch, _as("fsdp")),
-    "ema_start_iters": Key(_whole, _updates("ema_start_steps"), _EMA_NOTE),
-    "ema_iters": Key(_whole, _updates("ema_every_n_steps"), _EMA_NOTE),
+    "ema_start_iters": Key(_whole, _updates("ema_start_steps")),
+    "ema_iters": Key(_whole, _updates("ema_every_n_steps")),
     "ema_beta": Key(_number, _as("ema_decay")),
     "adaptive_loss_weight": Key(_switch, _as("adaptive_loss_weight")),
     "edm_objective": Key(_edm, _nothing),

@@ -264,6 +264,11 @@ class OptionSet:
         return list(words)
 
     @classmethod
+    def meant_by(cls, name: str) -> str | None:
+        """Return the option that a key of another program's files stands for, in scripts that understand some."""
+        return None
+
+    @classmethod
     def foreign_config(cls, name: str, typed: Mapping[str, Any]) -> ForeignConfig | None:
         """Read a `--config_file` of another program, in scripts that understand some; None: it is one of ours.
 

@@ -22,7 +22,8 @@ def help_text(options_class: type[OptionSet]) -> str:
     about = (inspect.getdoc(sys.modules[options_class.__module__]) or "").partition("\n\n")[0]
     lines += [*textwrap.wrap(about, width), ""] if about else []
     if "config_file" in options_class.options():
-        lines += ["Options may also stand in a TOML file (--config_file).", ""]
+        formats = options_class.options()["config_file"].notes["help"].partition(" file")[0]
+        lines += [f"Options may also stand in a {formats} file (--config_file).", ""]
     offered = [option for option in options_class.options().values() if option.offered]
     for title, about_group in group_headings(options_class).items():
         members = [option for option in offered if option.title == title]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -43,6 +43,7 @@ class Reading:
     warnings: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     bad: set[str] = field(default_factory=set)
+    meant_by: Callable[[str], str | None] = OptionSet.meant_by
 
     def refuse(self, where: str, what: str, hint: str = "", *, about: str | None = None) -> None:
         """Note a problem; follow-up problems of the option `about` will not be shown."""
@@ -68,7 +69,7 @@ def read(options_class: type[OptionSet], argv: Sequence[str]) -> Reading:
     """Read and convert all values; what fails is noted in the result, not raised."""
     options = options_class.options()
     offered = {name: option for name, option in options.items() if option.offered}
-    reading = Reading()
+    reading = Reading(meant_by=options_class.meant_by)
     typed = _read_command_line(offered, options_class.spell_out(argv), reading)
     for name, value in typed.items():
         _store(reading, offered[name], value, offered[name].flag, COMMAND_LINE)
@@ -225,6 +226,8 @@ def _refuse_unknown(name: str, offered: Mapping[str, Option], reading: Reading) 
         reading.refuse(where, "is given by its place, without a name", expected(places), about=spelled)
     elif spelled in named:
         reading.refuse(where, "unknown option", f"Write --{spelled}.", about=spelled)
+    elif (meant := reading.meant_by(spelled)) in named:
+        reading.refuse(where, "unknown option", f"As an option it is called --{meant}.", about=meant)
     elif name in ELSEWHERE:
         reading.refuse(where, f"is not an option of this script; it belongs to {ELSEWHERE[name]}")
     elif longer:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.checkpoints.cascade_lora import CASCADE
 from networks.adapter_base import Adapter, Region
 from networks.adapter_files import load_into, read_weights
 from networks.param_groups import PlusRatios, parameter_groups
@@ -82,7 +83,8 @@ class AdapterNetwork(nn.Module):
             adapter.attach()
             self.add_module(adapter.name, adapter)
         texts, unets = len(self.text_adapters), len(self.unet_adapters)
-        logger.info("network on %d layers of text encoders and %d of the U-Net", texts, unets)
+        main = "stage C" if base_of(self.unet_adapters) == CASCADE else "the U-Net"
+        logger.info("network on %d layers of text encoders and %d of %s", texts, unets, main)
 
     def set_multiplier(self, multiplier: float) -> None:
         """Set the strength of all adapters."""

@@ -159,7 +159,7 @@ def filtered(targets: Sequence[Target], values: Mapping[str, Any]) -> list[Targe
     ]
     if targets and not kept:
         given = ", ".join(name for name in FILTER_KEYS if values.get(name) is not None)
-        hint = f"Paths look like {targets[0].path} and {targets[-1].path}."
+        hint = f"Paths look like {targets[0].path} and {targets[len(targets) // 2].path}."
         raise UserError(f"{given}: leave none of the {len(targets)} layers of the model", hint, where=WHERE)
     return kept
 

@@ -125,3 +125,20 @@ def cascade_command(tiny_cascade, photo_folders):
     from tests.cascade_runs import command_maker
 
     return command_maker(tiny_cascade, photo_folders)
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """The losses of all micro-batches."""
+    from library.training.step import TrainStep
+
+    seen = []
+    forward = TrainStep.forward
+
+    def spy(self, batch):
+        result = forward(self, batch)
+        seen.append(result[0].item())
+        return result
+
+    monkeypatch.setattr(TrainStep, "forward", spy)
+    return seen

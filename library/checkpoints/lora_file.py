@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.checkpoints import cascade_lora, detect, lora_names
+from library.checkpoints.detect_cascade import cascade_parts
 from library.checkpoints.headers import file_kind, read_header
 from library.checkpoints.lora_kinds import DOWN, MAGNITUDE, RANKED, check_module, kind_of, rank_of
 from library.checkpoints.lora_layouts import Listing, Shapes, sort_keys
@@ -311,7 +312,10 @@ def _not_a_lora(path: Path, shapes: Shapes, metadata: Mapping[str, str], listing
     if first is not None and not listing.bundled:
         hint = "It may be for a kind of model other than Stable Diffusion, or only a part of a file"
         return UserError(f"no usable LoRA module in it, only tensors such as {first!r}", hint, where=str(path))
-    label = detect.classify(path, shapes, metadata).label if first is None else detect.family_label("embedding")
+    if parts := cascade_parts(shapes):
+        label = f"Stable Cascade: {', '.join(part.label for part in parts.values())}"
+    else:
+        label = detect.classify(path, shapes, metadata).label if first is None else detect.family_label("embedding")
     return UserError(f"not a LoRA but {label}", "Give a LoRA file", where=str(path))
 
 

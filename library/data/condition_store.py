@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,8 +62,10 @@ class KeptConditions:
         return made
 
     def _path(self, need: LatentNeed, flipped: bool) -> str:
-        path = text_cache_path(need.record.path, self.names)
-        return f"{path.removesuffix('.npz')}_flipped.npz" if flipped else path
+        # A picture may be trained in several sizes.
+        size = "{:04d}x{:04d}".format(*need.placement.bucket_wh)
+        suffix = f"_{size}{self.names.suffix}{'_flipped' if flipped else ''}"
+        return text_cache_path(need.record.path, replace(self.names, suffix=suffix))
 
     def _read(self, path: str, origin: Mapping[str, Any], size_hw: tuple[int, int]) -> Found | None:
         """Return what the file holds, None where there is none that can be used."""

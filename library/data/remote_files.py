@@ -133,9 +133,7 @@ def _attempt(url: str, action: Callable[[Any], T]) -> T:
                 reason = "not found" if isinstance(error, FileNotFoundError) else _reason(error)
                 hint = "Check the address and your access."
                 if type(error).__name__ in _NO_CREDENTIALS:
-                    hint = (
-                        "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
-                    )
+                    hint = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
                 raise UserError(f"cannot be read: {reason}", hint, where=url) from error
             if number == len(_WAITS):
                 what = f"cannot be read after {number + 1} attempts: {_reason(error)}"

@@ -67,7 +67,7 @@ def read_shards(subset: SubsetSpec, data: DatasetOptions, *, index_dir: str | No
 
 
 def _tell(count: int, done: int, _total: int) -> None:
-    if done in (count // 4, count // 2, 3 * count // 4):
+    if count > 3 and done in (count // 4, count // 2, 3 * count // 4):
         _log.info("%d of %d tar files are indexed", done, count)
 
 

@@ -272,6 +272,7 @@ class CascadeControlOptions(OptionGroup, title="ControlNet"):
 class CascadeGenerationOptions(
     OptionSet,
     changes={
+        "config_file": {"help": cascade_config.HELP},
         "outdir": {"default": "../outputs"},
         "use_original_file_name": {
             "matters_when": {"image": ()},

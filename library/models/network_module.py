@@ -21,6 +21,8 @@ from library.models import lycoris_args
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from torch import nn
+
 logger = logging.getLogger(__name__)
 
 MODULES = (
@@ -103,6 +105,17 @@ def argument_problems(
         yield from check(*size, arguments, base=base)
     elif name == lycoris_args.NAME:
         yield from lycoris_args.lycoris_problems(module, arguments)
+
+
+def check_layers(module: ModuleType, denoiser: nn.Module, arguments: Mapping[str, str]) -> None:
+    """Let a module see whether its arguments leave layers of the denoiser, which may be one without weights.
+
+    Raises:
+        UserError: they leave none.
+    """
+    check: Callable[..., None] | None = getattr(module, "check_layers", None)
+    if check is not None:
+        check(denoiser, arguments)
 
 
 @contextmanager

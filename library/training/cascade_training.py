@@ -21,12 +21,11 @@ KINDS = ("dreambooth", "finetuning", "controlnet")
 def tell_drawn_size(data: TrainingData) -> None:
     """Log which size of pictures stage C learns to draw, for it is not the one that its encoder sees."""
     from library.models.cascade.specs import ENCODED_SHARE
-    from library.training.model_saves import largest_resolution
 
-    trained = largest_resolution(data)
-    drawn = tuple(round(side / ENCODED_SHARE) for side in trained)
-    what = "training at %dx%d is for drawing at %dx%d: stage C is trained on pictures at 3/4 of their size"
-    logger.info(what, *trained, *drawn)
+    for trained in sorted({spec.resolution_wh for spec in data.specs}):
+        drawn = tuple(round(side / ENCODED_SHARE) for side in trained)
+        what = "training at %dx%d is for drawing at %dx%d: stage C is trained on pictures at 3/4 of their size"
+        logger.info(what, *trained, *drawn)
 
 
 def train_stage(

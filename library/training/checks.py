@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -144,6 +145,9 @@ def _paths(options: TrainingOptions) -> Iterator[Problem]:
 def _data_paths(options: TrainingOptions) -> Iterator[Problem]:
     data = options.data
     if not data.dataset_config:
+        for entry in data.webdataset_path:
+            if entry.endswith(".tar") and not re.search(r"^\w+:|[*?{\[]", entry):  # neither address nor pattern
+                yield from must_exist("--webdataset_path", entry)
         yield from must_exist("--train_data_dir", data.train_data_dir, folder=True)
         yield from must_exist("--reg_data_dir", data.reg_data_dir, folder=True)
         yield from must_exist("--in_json", data.in_json)

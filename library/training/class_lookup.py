@@ -85,7 +85,7 @@ def import_class(import_path: str, where: str) -> Any:
         ) from error
     if not isinstance(found, type):
         raise UserError(f"{import_path} is not a class", where=where)
-    if not import_path.startswith("torch."):
+    if not import_path.startswith(("torch.", "transformers.")):
         logger.info(
             "%s is taken from %s", import_path, getattr(sys.modules[module_name], "__file__", "a built-in module")
         )

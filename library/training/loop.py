@@ -18,7 +18,8 @@ from library.errors import StopTraining
 from library.files import fault_point
 from library.randomness import derive
 from library.training.observers import observe
-from library.training.setup import EMA_SUFFIX, Training, make_sampler, make_saver, set_up
+from library.training.save_names import EMA_SUFFIX
+from library.training.setup import Training, make_sampler, make_saver, set_up
 from library.training.tracking import learning_rates, peak_memory_mb
 from library.training.validation import Validator
 

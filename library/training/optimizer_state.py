@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 # States that have the shape of their parameter in every optimizer that has them.
 _SHAPED = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "z", "state1", "state2"})
+# Tables of bitsandbytes, which all its parameters share.
+_TABLES = frozenset({"qmap1", "qmap2"})
 # Which implementation of an optimizer runs is a matter of this machine, not of the state.
 _IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 _SAME_OPTIMIZER = "Resume with the --optimizer_type and --optimizer_args of the saved run"
@@ -66,12 +68,14 @@ def load_optimizer_state(
         raise UserError(f"does not fit this optimizer ({error})", _SAME_OPTIMIZER, where=where) from error
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     order = [index for group in state["param_groups"] for index in group["params"]]
+    tables: dict[str, Any] = {}
     for index, parameter in zip(order, parameters, strict=True):
         if parameter in optimizer.state:
             saved = state["state"].get(index, {}) if exact_types else None
             own = optimizer.state[parameter]
             for name, value in own.items():
                 own[name] = _own_copy(value, saved.get(name) if isinstance(saved, Mapping) else None)
+            _share_tables(own, tables)
     for group, values in zip(optimizer.param_groups, kept, strict=True):
         group.update(values)
 
@@ -119,6 +123,15 @@ def _own_copy(value: Any, saved: Any) -> Any:
     if isinstance(value, list):
         return [_own_copy(item, None) for item in value]
     return value
+
+
+def _share_tables(values: dict[str, Any], tables: dict[str, Any]) -> None:
+    """Put those of `tables` in place of equal ones: they take memory once, and states keep the same bytes."""
+    for name in _TABLES & values.keys():
+        known = tables.setdefault(name, values[name])
+        own = values[name]
+        if (known.shape, known.device) == (own.shape, own.device) and bool((known == own).all()):
+            values[name] = known
 
 
 def take_schedule(schedule: Any, state: Any, info: StateInfo) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from library.errors import Problem
-from library.option_groups import OptionGroup, opt
+from library.option_groups import COMMAND_LINE, OptionGroup, opt
 from library.training.options import TrainingOptions
 from library.training.options_full import DreamBoothOptions
 from library.training.options_network import NetworkOptions
@@ -74,7 +74,8 @@ class CachingOptions(TrainingOptions, changes=CHANGES):
 
     def warn_together(self) -> Iterator[Problem]:
         """Name, all together, the options that do nothing here."""
-        unused = [f"--{name}" for name in self.without_effect()]
+        # A file may be shared with the training.
+        unused = [f"--{name}" for name in self.without_effect() if self.given[name] == COMMAND_LINE]
         if unused:
             more = f" and {len(unused) - _SHOWN} more" if len(unused) > _SHOWN else ""
             yield Problem("", f"nothing is trained here, so these have no effect: {', '.join(unused[:_SHOWN])}{more}")

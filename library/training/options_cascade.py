@@ -103,6 +103,8 @@ class CascadeTrainingOptions(
     TrainingOptions,
     changes={
         "in_json": {"flag": "in_json"},
+        "vae": {"help": "Has no effect: pictures are encoded by EfficientNet and by stage A."},
+        "config_file": {"help": cascade_config.HELP},
         "no_half_vae": {"help": "Run the EfficientNet encoder in float32 whatever --mixed_precision says."},
         "save_model_as": {"choices": ("ckpt", "safetensors", "diffusers", "diffusers_safetensors")},
         "v_pred_like_loss": {"excludes": {}},
@@ -140,6 +142,11 @@ class CascadeTrainingOptions(
     def spell_out(cls, words: Sequence[str]) -> list[str]:
         """Return the command line with `--config_file` before a YAML file that begins it."""
         return cascade_config.spell_out(list(words))
+
+    @classmethod
+    def meant_by(cls, name: str) -> str | None:
+        """Return the option that a key of the original trainer's files stands for."""
+        return cascade_config.option_of(name, cls.stage)
 
     @classmethod
     def foreign_config(cls, name: str, typed: Collection[str]) -> ForeignConfig | None:

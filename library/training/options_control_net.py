@@ -66,7 +66,7 @@ class ControlNetOptions(OptionGroup, title="ControlNet"):
         False,
         resume="free",
         help="Keep what the filter finds in pictures (canny: edges, identity: faces) in a file beside each picture, "
-        "<picture>_sc_control.npz, or in --cache_dir.",
+        "<picture>_<size>_sc_control.npz, or in --cache_dir.",
     )
 
     @property

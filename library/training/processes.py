@@ -151,9 +151,12 @@ def make_accelerator(distributed: DistributedOptions, *handlers: Any, plugin: An
         group.backend = engine_backend()
     # Scripts that offer FSDP do it themselves, where the launcher asks for it too.
     asked = os.environ.pop(FSDP_VARIABLE, None)
+    # torchrun and srun do not say so when there is no GPU, and accelerate would start each process on its own.
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         # The step enters autocast and the stepper scales losses; accelerate starts processes and places modules.
         return Accelerator(
+            cpu=several and plugin is None and not torch.accelerator.is_available(),
             mixed_precision="no",
             gradient_accumulation_steps=accumulation,
             kwargs_handlers=[group, *handlers],

@@ -160,7 +160,8 @@ class SampleImages:
         from library.inference.diffusion import RenderingStopped
 
         mine = self.prompts[self._process.rank :: self._process.world_size]
-        logger.info("making %d sample picture%s", len(mine), "" if len(mine) == 1 else "s")
+        weights = f" with the {ending.strip('_').upper()} weights" if ending else ""
+        logger.info("making %d sample picture%s%s", len(mine), "" if len(mine) == 1 else "s", weights)
         made: list[SampledImage] = []
         with self._renderer.session():
             for prompt in mine:

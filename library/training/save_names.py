@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Kind = Literal["epoch", "step", "backup", "final", "interrupted"]
 
+EMA_SUFFIX = "_ema"
+"""Ends the names of models that hold averaged weights."""
+
 
 @dataclass(frozen=True, slots=True)
 class SavePoint:

@@ -195,7 +195,8 @@ class Saver:
         if path is not None:
             self.last_model = path
             self._models[stem] = path.name
-            _log.info("saved %s", path)
+            beside = [name for name in self._files(stem)[1:] if path.with_name(name).exists()]
+            _log.info("saved %s", " and ".join([str(path), *beside]))
             self._remove(outdated_model(self._save, self._length, point), state=False)
             for name in dict.fromkeys((path.name, *self._files(stem))):
                 if path.with_name(name).exists():

@@ -23,6 +23,7 @@ from library.training.observers import observe
 from library.training.optimizer_state import advance_schedule
 from library.training.optimizers import BuiltOptimizer, build_optimizer
 from library.training.sampling import Process, SampleImages
+from library.training.save_names import EMA_SUFFIX
 from library.training.saving import SaveActions, Saver
 from library.training.state import StateInfo, StateParts, load_progress, load_weights, save_state, state_bytes
 from library.training.step import TrainStep
@@ -37,10 +38,6 @@ if TYPE_CHECKING:
     from library.training.options import TrainingOptions
     from library.training.run import Run
     from library.training.stepper import Stepper
-
-
-EMA_SUFFIX = "_ema"
-"""Ends the names of models that hold averaged weights."""
 
 
 @dataclass

@@ -24,6 +24,7 @@ from library.models.token_rows import ChangedRows, input_embedding, typical_rows
 from library.models.tokenizer import ClipTokenizer, tokenizers_for
 from library.randomness import derive
 from library.training.options_tokens import TokenOptions
+from library.training.save_names import EMA_SUFFIX
 
 if TYPE_CHECKING:
     import torch
@@ -107,8 +108,8 @@ class TrainedTokens:
         found: dict[str, str] = {}
         for number, word in enumerate(words, start=1):
             ending = f"_{safe_file_name(word[1:-1]) or f'word{number}'}"
-            # [dog] and <dog> are two words, and some systems take Dog and dog for one name.
-            taken = ending.lower() in map(str.lower, found.values())
+            # [dog] and <dog> are two words, some systems take Dog and dog for one name, and averages have names, too.
+            taken = ending.lower() in map(str.lower, (EMA_SUFFIX, *found.values()))
             found[word] = f"{ending}_{number}" if taken else ending
         return found
 

@@ -1,67 +1,20 @@
 """The options of gen_img.py: those that users' command lines were written for, each with an effect or a reason."""
 
-import ast
-import json
-from pathlib import Path
-
 import pytest
 
 import gen_img
 import sdxl_gen_img
 from library.cli import run_script
 from library.option_parser import parse
-from library.option_values import type_name
-from library.retired import ELSEWHERE, NO_EFFECT_IN, SPELLINGS
+from library.retired import ELSEWHERE, SPELLINGS
 
-ROOT = Path(__file__).parents[2]
-GOLDEN = json.loads((ROOT / "tests" / "golden" / "gen_img_options.json").read_text(encoding="utf-8"))
 OPTIONS = gen_img.Options.options()
 START = ["--ckpt=m.safetensors", "--prompt=a cat"]
-# Two that ask for what always happens, and one that is only handed on.
-HONOURED = {"sdpa", "no_preview", "prompter_module_args"}
 
 
-def test_same_options_as_golden():
-    assert set(OPTIONS) == set(GOLDEN) == set(sdxl_gen_img.Options.options())
-
-
-@pytest.mark.parametrize("name", sorted(GOLDEN))
-def test_type_default_and_choices(name):
-    option, golden = OPTIONS[name], GOLDEN[name]
-    default = list(option.default) if isinstance(option.default, tuple) else option.default
-    assert (type_name(option.annotation), default) == (golden["type"], golden["default"])
-    assert set(option.choices or []) == set(golden.get("choices", []))
-
-
-def test_every_option_is_explained_and_names_known_others():
-    for option in OPTIONS.values():
-        assert option.notes["help"].endswith("."), option.flag
-        for note in ("needs", "matters_when", "excludes", "implies", "means"):
-            assert set(option.notes.get(note, {})) <= set(OPTIONS), f"{option.flag}: {note}"
-
-
-def test_tables_of_names_know_the_script():
-    assert {name for name, owner in ELSEWHERE.items() if "gen_img.py)" in owner} <= set(OPTIONS)
-    assert {name for name, scripts in NO_EFFECT_IN.items() if "gen_img" in scripts} <= set(OPTIONS)
+def test_the_script_for_sdxl_has_the_same_options():
+    assert set(OPTIONS) == set(sdxl_gen_img.Options.options())
     assert SPELLINGS["control_net_weights"] in OPTIONS
-
-
-def refused():
-    """Names of options that the declarations themselves refuse."""
-    return {name for name, option in OPTIONS.items() if "Refused:" in option.notes["help"]}
-
-
-def test_every_option_is_read_somewhere_or_refused_with_a_reason():
-    words = set()
-    declarations = {"options.py", "options_pictures.py", "option_set.py"}
-    for path in (ROOT / "library" / "inference").glob("*.py"):
-        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-        if path.name in declarations:
-            properties = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.decorator_list]
-            nodes = [inner for node in properties for inner in ast.walk(node)]
-        words |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-    idle = {name for name in OPTIONS if name not in words} - HONOURED - refused()
-    assert {name for name in idle if "gen_img" not in NO_EFFECT_IN.get(name, {})} == set()
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ GUIDES = [
 TRAINED, CASCADE, PICTURES, TOOLS = (page.option_sets() for page in PAGES)
 TRAINED |= CASCADE
 SCRIPTS = TRAINED | PICTURES
-FROM_ACCELERATE = {"num_cpu_threads_per_process", "multi_gpu", "num_processes"}
+FROM_ACCELERATE = {"num_cpu_threads_per_process", "multi_gpu", "num_processes", "nproc_per_node"}
 FROM_ELSEWHERE = {"help", "logdir", "local", "exclude", "sort", "caption_extention"}
 """Options of every program, of TensorBoard, of `hf download` (--local-dir, --exclude) and tar, and an old spelling."""
 

@@ -1,52 +1,18 @@
-"""The options of the training scripts are those that users' command lines and scripts were written for, plus ours."""
+"""The options of all scripts are those that users' command lines were written for, plus ours; each has an effect."""
 
-import ast
-import json
+import re
 import shlex
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
-import fine_tune
-import gen_img
+import stable_cascade_train_stage_c
 import train_db
-import train_network
-import train_textual_inversion
 from library.option_parser import parse
-from library.option_values import type_name
 from library.retired import ELSEWHERE, NO_EFFECT_IN, SPELLINGS
+from tests.conftest import ROOT
+from tests.option_surface import differences, golden, idle, offered, unexplained
 
-ROOT = Path(__file__).parents[2]
-DECLARATIONS = {
-    "checks.py",
-    "checks_inversion.py",
-    "checks_network.py",
-    "options.py",
-    "options_doc.py",
-    "options_full.py",
-    "options_inversion.py",
-    "options_network.py",
-    "options_objective.py",
-    "options_output.py",
-    "options_pictures.py",
-    "options_progress.py",
-    "options_tars.py",
-    "retired.py",
-}
-# Options that ask for what always happens, one that its group reads itself, and one that is only stored.
-HONOURED = {"diffusers_xformers", "sdpa", "persistent_data_loader_workers", "resume_override", "training_comment"}
-
-SCRIPTS = {
-    "train_db": train_db.Options,
-    "fine_tune": fine_tune.Options,
-    "train_network": train_network.Options,
-    "train_textual_inversion": train_textual_inversion.Options,
-}
-GOLDEN = {
-    script: json.loads((ROOT / "tests" / "golden" / f"{script}_options.json").read_text(encoding="utf-8"))
-    for script in SCRIPTS
-}
 OURS = {
     "allow_nan_weights",
     "allow_pipe_urls",
@@ -81,55 +47,84 @@ OURS = {
 
 TEXT_CACHES = {"cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk", "text_encoder_batch_size"}
 OURS_IN: dict[str, set[str]] = {
-    "train_db": set(),
-    "fine_tune": TEXT_CACHES,
-    "train_network": TEXT_CACHES,
-    "train_textual_inversion": TEXT_CACHES | {"save_tensor_name"},
+    "train_db": OURS,
+    "fine_tune": OURS | TEXT_CACHES,
+    "train_network": OURS | TEXT_CACHES,
+    "train_textual_inversion": OURS | TEXT_CACHES | {"save_tensor_name"},
 }
-
-OPTIONS = {
-    script: {name: option for name, option in declared.options().items() if option.offered}
-    for script, declared in SCRIPTS.items()
+_CASCADE = {
+    *("backup_every_n_steps", "ema_decay", "ema_device", "ema_every_n_steps", "ema_start_steps", "fsdp"),
+    *("global_batch_size", "loss_weighting", "no_text_mask", "no_tf32", "sample_dir", "wandb_entity"),
 }
-every_script = pytest.mark.parametrize("script", SCRIPTS)
+_STAGE_C = {"clip_image_cond_rate", "effnet_scale", "image_model_checkpoint_path", "stage_c_dropout"}
+_WORDS = {"embedding_lr", "train_tokens", "train_tokens_init", "train_tokens_limit"}
+_WHOLE = {"model_version", "train_text_encoder_only"}
+CASCADE_OURS_IN = {
+    "stable_cascade_train_stage_c": _CASCADE | _STAGE_C | _WHOLE,
+    "stable_cascade_train_stage_b": _CASCADE | _WHOLE | {"effnet_dropout_rate"},
+    "stable_cascade_train_c_network": _CASCADE | _STAGE_C | _WORDS | {"model_version"},
+    "stable_cascade_train_c_control_net": _CASCADE
+    | _STAGE_C
+    | {"cache_conditions_to_disk", "controlnet_backbone_path"},
+}
+"""Beside those that trainings of Stable Diffusion have, too."""
+TRAININGS = (*OURS_IN, *CASCADE_OURS_IN)
+DRAWING = ("gen_img", "stable_cascade_gen_img")
+
+# What the parser and the runs do for every option, two that are only stored or handed on, one that asks for what always
+# happens, and what is refused with a reason.
+HONOURED = {
+    *("persistent_data_loader_workers", "resume_override", "training_comment", "prompter_module_args", "no_preview"),
+    *("clip_vision_strength", "control_net_lllite_models", "config_file", "output_config"),
+}
+LIBRARY = ROOT / "library"
+FILES = {
+    "gen_img": [*(LIBRARY / "inference").glob("*.py")],
+    "stable_cascade_gen_img": [*(LIBRARY / "inference").glob("*.py"), *(LIBRARY / "models" / "cascade").glob("*.py")],
+}
+PARSER = [LIBRARY / "option_parser.py", LIBRARY / "cli.py"]
+
+every_script = pytest.mark.parametrize("script", [*TRAININGS, *DRAWING])
 
 
 @every_script
-def test_same_options_as_golden(script):
-    assert set(OPTIONS[script]) == set(GOLDEN[script]) | OURS | OURS_IN[script]
+def test_types_defaults_and_choices_are_those_of_users(script):
+    assert differences(script) == []
 
 
-@pytest.mark.parametrize(("script", "name"), [(script, name) for script in SCRIPTS for name in sorted(GOLDEN[script])])
-def test_type_default_and_choices(script, name):
-    option, golden = OPTIONS[script][name], GOLDEN[script][name]
-    default = list(option.default) if isinstance(option.default, tuple) else option.default
-    assert (type_name(option.annotation), default) == (golden["type"], golden["default"])
-    assert list(option.choices or []) == golden.get("choices", [])
+@pytest.mark.parametrize("script", [*OURS_IN, *DRAWING])
+def test_there_are_no_options_but_those_of_users_and_ours(script):
+    assert set(offered(script)) == set(golden(script)) | OURS_IN.get(script, set())
 
 
-@every_script
-def test_every_option_is_explained(script):
-    for option in OPTIONS[script].values():
-        text = option.notes["help"]
-        assert text[0].isupper() or text.split()[0].strip(":,.`-").islower(), option.flag
-        assert text.endswith("."), option.flag
+@pytest.mark.parametrize("script", CASCADE_OURS_IN)
+def test_stable_cascade_shares_all_else_with_other_trainings(script):
+    shared = set().union(*map(offered, OURS_IN))
+    assert set(offered(script)) - set(golden(script)) - shared == CASCADE_OURS_IN[script]
+    assert not {"pretrained_model_name_or_path", "v2", "v_parameterization", "no_token_padding"} & set(offered(script))
 
 
 @every_script
-def test_conditions_name_known_options(script):
-    for name, option in OPTIONS[script].items():
-        for note in ("needs", "matters_when", "excludes", "implies", "means"):
-            for other in option.notes.get(note, {}):
-                assert other in OPTIONS[script], f"--{name}: {note} names {other}"
+def test_every_option_is_explained_and_names_known_others(script):
+    assert unexplained(script) == []
 
 
 @every_script
 def test_tables_of_names_agree_with_the_options(script):
-    options = set(OPTIONS[script])
-    assert {name for name in options & set(ELSEWHERE) if f"{script}.py" not in ELSEWHERE[name]} == set()
-    assert {name for name, owner in ELSEWHERE.items() if f"{script}.py" in owner} <= options
-    assert set(SPELLINGS.values()) - set(gen_img.Options.options()) <= options
+    options = set(offered(script))
     assert {name for name, scripts in NO_EFFECT_IN.items() if script in scripts} <= options
+    listed = re.compile(rf"[( ]{script}\.py[,)]")
+    assert {name for name, owner in ELSEWHERE.items() if listed.search(owner)} <= options
+    if script in OURS_IN:
+        # What is an option here never belongs to other scripts alone.
+        assert {name for name in options & set(ELSEWHERE) if f"{script}.py" not in ELSEWHERE[name]} == set()
+        assert set(SPELLINGS.values()) - set(offered("gen_img")) <= options
+
+
+@every_script
+def test_every_option_is_used_or_says_that_it_is_not(script):
+    files = [*FILES[script], *PARSER] if script in FILES else [*LIBRARY.rglob("*.py")]
+    assert idle(script, [*files, ROOT / f"{script}.py"], HONOURED) == []
 
 
 @pytest.fixture
@@ -175,32 +170,22 @@ def test_documented_command_lines_parse(places, monkeypatch):
     assert not second.warnings
 
 
-def _words_of_consumers(script):
-    """Return every attribute name and text constant of the code; of the declarations, only what properties read."""
-    words = set()
-    nodes: list[ast.AST] = []
-    for path in (*(ROOT / "library").rglob("*.py"), ROOT / f"{script}.py"):
-        found = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-        if path.name in DECLARATIONS:
-            properties = [node for node in found if isinstance(node, ast.FunctionDef) and node.decorator_list]
-            found = [inner for node in properties for inner in ast.walk(node)]
-        nodes += found
-    for node in nodes:
-        if isinstance(node, ast.Attribute):
-            words.add(node.attr)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
-            words.add(node.value)
-    return words
-
-
-@every_script
-def test_every_option_is_used_or_says_that_it_is_not(script):
-    words = _words_of_consumers(script)
-    # checkpoints/metadata.py reads f"metadata_{name}" for each name of its table.
-    words |= {f"metadata_{word}" for word in words}
-    unused = [
-        name
-        for name, option in OPTIONS[script].items()
-        if option.field_name not in words and script not in NO_EFFECT_IN.get(name, {}) and name not in HONOURED
-    ]
-    assert not unused
+def test_a_documented_command_line_of_stable_cascade_parses(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for name in ("stage_c", "effnet", "text", "preview"):
+        (tmp_path / f"{name}.safetensors").touch()
+    line = (
+        f"--mixed_precision bf16 --save_precision bf16 --max_data_loader_n_workers 2 --persistent_data_loader_workers "
+        f"--gradient_checkpointing --learning_rate 1e-4 --optimizer_type adafactor --optimizer_args "
+        f'"scale_parameter=False" "relative_step=False" "warmup_init=False" --max_train_epochs 10 --sdpa '
+        f"--save_every_n_epochs 1 --output_dir {tmp_path}/out --output_name duck --train_data_dir {tmp_path}/photos "
+        f"--resolution 1024 --stage_c_checkpoint_path {tmp_path}/stage_c.safetensors "
+        f"--effnet_checkpoint_path {tmp_path}/effnet.safetensors "
+        f"--previewer_checkpoint_path {tmp_path}/preview.safetensors "
+        f"--text_model_checkpoint_path {tmp_path}/text.safetensors --adaptive_loss_weight"
+    )
+    found = parse(stable_cascade_train_stage_c.Options, shlex.split(line))
+    assert found.cascade.adaptive_loss_weight
+    assert found.optimizer.learning_rate == 1e-4
+    # It names a previewer, and no prompts that it could show.
+    assert [warning.where for warning in found.warnings] == ["--previewer_checkpoint_path"]

@@ -28,23 +28,6 @@ def unchanged(before: Path, after: Path) -> int:
     return sum(torch.equal(old[name], new[name]) for name in old)
 
 
-@pytest.fixture
-def losses(monkeypatch):
-    """The losses of all micro-batches."""
-    from library.training.step import TrainStep
-
-    seen = []
-    forward = TrainStep.forward
-
-    def spy(self, batch):
-        result = forward(self, batch)
-        seen.append(result[0].item())
-        return result
-
-    monkeypatch.setattr(TrainStep, "forward", spy)
-    return seen
-
-
 def test_stage_c_trains_and_is_saved_in_the_official_layout(cascade_command, tiny_cascade, tmp_path):
     assert train_stage_c(*cascade_command(tmp_path / "out")) == 0
     result = tmp_path / "out" / "duck.safetensors"
@@ -55,8 +38,10 @@ def test_stage_c_trains_and_is_saved_in_the_official_layout(cascade_command, tin
     assert told["modelspec.architecture"] == "stable-cascade"
     assert told["modelspec.implementation"] == "https://github.com/Stability-AI/StableCascade"
     assert told["ss_base_model_version"] == "stable_cascade"
-    again = cascade_command(tmp_path / "again", stage_c_checkpoint_path=result, max_train_steps=1)
-    assert train_stage_c(*again) == 0
+    scaled = {"resolution": 128, "max_train_steps": 1, "stage_c_checkpoint_path": result}
+    assert train_stage_c(*cascade_command(tmp_path / "again", "--effnet_scale=0.5", **scaled)) == 0
+    told = metadata(tmp_path / "again" / "duck.safetensors")
+    assert (told["ss_resolution"], told["modelspec.resolution"], told["ss_effnet_scale"]) == ("64,64", "64x64", "0.5")
 
 
 @pytest.mark.parametrize(

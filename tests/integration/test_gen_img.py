@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import gen_img
@@ -372,6 +373,19 @@ def test_an_embedding_is_called_like_its_file(draw, tmp_path):
     code, _, error = draw(CAT, "--textual_inversion_embeddings", bad)
     assert code == 2
     assert "holds vectors of 32 values, but those of this model have 64" in error
+
+
+def test_words_in_a_lora_are_those_of_an_embedding_file(draw, network_files, tmp_path):
+    row = 0.3 * torch.randn((2, 64), generator=torch.Generator().manual_seed(1))
+    write_embedding(tmp_path / "felix.safetensors", {"clip_l": row}, {})
+    with safe_open(network_files["lora"], "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file({**tensors, "bundle_emb.felix.clip_l": row}, tmp_path / "both.safetensors", metadata)
+    words = ("--prompt=a felix --d 1", "--network_weights")
+    known = only(draw(*words, tmp_path / "both.safetensors"))
+    beside = ("--textual_inversion_embeddings", tmp_path / "felix.safetensors")
+    assert difference(known, only(draw(*words, network_files["lora"], *beside))) == 0
+    assert difference(known, only(draw(*words, network_files["lora"]))) > 0
 
 
 # The model ----------------------------------------------------------------------------------------------------------

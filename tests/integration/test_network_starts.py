@@ -12,23 +12,6 @@ from tests.support import tensor_digest, train_network
 
 
 @pytest.fixture
-def losses(monkeypatch):
-    """The losses of all micro-batches."""
-    from library.training.step import TrainStep
-
-    seen = []
-    forward = TrainStep.forward
-
-    def spy(self, batch):
-        result = forward(self, batch)
-        seen.append(result[0].item())
-        return result
-
-    monkeypatch.setattr(TrainStep, "forward", spy)
-    return seen
-
-
-@pytest.fixture
 def methods(monkeypatch):
     """The training methods of the runs, which know their networks."""
     from library.training.methods.adapter import Adapter

@@ -31,8 +31,8 @@ CAT = "--prompt=a cat --d 1"
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return make_random_cascade(tmp_path_factory.mktemp("cascade"))
+def files(tiny_cascade):
+    return tiny_cascade
 
 
 def named(files, **other):

@@ -15,7 +15,6 @@ import stable_cascade_train_c_network as script
 from library.checkpoints.embedding_file import read_embedding
 from library.checkpoints.headers import read_header
 from library.checkpoints.lora_file import read_lora
-from library.models.random_cascade import make_random_cascade
 from library.models.random_models import make_random_sd
 from library.training.step import TrainStep
 from networks.convert_stable_cascade_lora import main as convert
@@ -27,8 +26,8 @@ WORDS = ("--train_tokens", "[fernando]=^dog</w>", "^duck</w>")
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return make_random_cascade(tmp_path_factory.mktemp("cascade"))
+def models(tiny_cascade):
+    return tiny_cascade
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 Only the random numbers come from the toolkit (`library.draws`), since a step cannot be repeated without them. Pictures
 and captions are read from their files again, EfficientNet is a function of its tensors, and stages keep diffusers'
-names. Fields of `Recipe` are named like options.
+names.
 """
 
 from __future__ import annotations
@@ -23,43 +23,14 @@ from library.contracts import Batch
 from library.draws import Draws
 from library.models.random_cascade import CascadeFiles
 from tests.conftest import PHOTOS
+from tests.parity.cascade_reference_models import effnet_latents, make_stage_a, make_vision
 
 CPU = torch.device("cpu")
-SHARED = {"clip_seq": 4, "kernel_size": 3, "dropout": 0.0, "self_attn": True, "conditioning_dim": 32}
-SIZES = {
-    "c": {
-        "block_out_channels": (32, 32),
-        "num_attention_heads": (2, 2),
-        "block_types_per_layer": (("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),) * 2,
-        "clip_text_in_channels": 32,
-        "clip_text_pooled_in_channels": 32,
-        "clip_image_in_channels": 16,
-        "switch_level": (False,),
-    },
-    "b": {
-        "in_channels": 4,
-        "out_channels": 4,
-        "patch_size": 2,
-        "block_out_channels": (16, 16, 32, 32),
-        "num_attention_heads": (-1, -1, 2, 2),
-        "down_num_layers_per_block": (1, 1, 1, 1),
-        "up_num_layers_per_block": (1, 1, 1, 1),
-        "down_blocks_repeat_mappers": (1, 1, 1, 1),
-        "up_blocks_repeat_mappers": (2, 2, 2, 2),
-        "block_types_per_layer": (("SDCascadeResBlock", "SDCascadeTimestepBlock"),) * 2
-        + (("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),) * 2,
-        "clip_text_pooled_in_channels": 32,
-        "effnet_in_channels": 16,
-        "pixel_mapper_in_channels": 3,
-        "timestep_conditioning_type": ("sca",),
-    },
-}
-"""What diffusers is told of the tiny models of `library.models.random_cascade`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a training is to do; `rates` are those of parts of the model by the beginning of their names."""
+    """What a training is to do, named like the options; `rates` are for names that begin alike."""
 
     seed: int
     rates: Mapping[str, float]
@@ -72,6 +43,7 @@ class Recipe:
     clip_image_cond_rate: float = 0.0
     effnet_dropout_rate: float = 0.1
     gradient_accumulation_steps: int = 1
+    lr_warmup_steps: int = 1
     max_grad_norm: float = 1.0
     betas: tuple[float, float] = (0.8, 0.9)
     eps: float = 1e-3
@@ -81,55 +53,6 @@ class Recipe:
     def argv(self) -> str:
         """The options of AdamW. Its epsilon is so large that rounding errors of tiny gradients stay tiny."""
         return f"--optimizer_args betas={self.betas[0]},{self.betas[1]} eps={self.eps} weight_decay={self.weight_decay}"
-
-
-# Files ---------------------------------------------------------------------------------------------------------------
-
-
-def read_stage(path: Path) -> dict[str, Tensor]:
-    """The tensors of an official file in the names of diffusers, by diffusers' own conversion."""
-    from diffusers.loaders.single_file_utils import convert_stable_cascade_unet_single_file_to_diffusers
-
-    return convert_stable_cascade_unet_single_file_to_diffusers(load_file(path))
-
-
-def make_stage(path: Path, stage: str = "c", blocks: tuple[int, int] = (1, 1)) -> nn.Module:
-    """The network of diffusers with the weights of an official file; `blocks` of stage C, down path."""
-    from diffusers import StableCascadeUNet
-
-    layers = {"down_num_layers_per_block": blocks, "up_num_layers_per_block": blocks[::-1]} if stage == "c" else {}
-    network = StableCascadeUNet(**SHARED, **SIZES[stage], **layers)
-    network.load_state_dict(read_stage(path), strict=True)
-    return network
-
-
-def make_stage_a(path: Path) -> nn.Module:
-    from diffusers.pipelines.stable_cascade.pipeline_stable_cascade import PaellaVQModel
-
-    tensors = {name.replace("codebook", "embedding"): tensor for name, tensor in load_file(path).items()}
-    model = PaellaVQModel(bottleneck_blocks=1, embed_dim=16, num_vq_embeddings=8, scale_factor=0.43)
-    model.load_state_dict(tensors, strict=True)
-    return model.eval()
-
-
-def make_text(path: Path) -> nn.Module:
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = CLIPTextConfig(**sizes, projection_dim=32, vocab_size=49408, hidden_act="gelu", eos_token_id=49407)
-    model = CLIPTextModelWithProjection(config).eval()
-    model.load_state_dict(load_file(path), strict=True)
-    return model
-
-
-def make_vision(path: Path) -> nn.Module:
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 1}
-    config = CLIPVisionConfig(**sizes, projection_dim=16, image_size=28, patch_size=14, hidden_act="quick_gelu")
-    model = CLIPVisionModelWithProjection(config).eval()
-    model.load_state_dict(load_file(path), strict=True)
-    return model
 
 
 def write_pictures(folder: Path, captions: Mapping[str, str], size: tuple[int, int]) -> None:
@@ -180,72 +103,6 @@ def pyramid(noise: Tensor, draws: Draws) -> Tensor:
         if min(size) == 1:
             break
     return total / math.sqrt(power)
-
-
-def _conv(x: Tensor, tensors: Mapping[str, Tensor], name: str, stride: int = 1, *, active: bool = True) -> Tensor:
-    weight = tensors[f"{name}.0.weight"]
-    # Official ControlNets that do not look at RGB have no padding at the first convolution.
-    bare = name == "backbone.0" and weight.shape[1] != 3
-    padding = 0 if bare else weight.shape[-1] // 2
-    y = functional.conv2d(x, weight, stride=stride, padding=padding, groups=x.shape[1] // weight.shape[1])
-    mean, var, gain, bias = (tensors[f"{name}.1.{end}"] for end in ("running_mean", "running_var", "weight", "bias"))
-    y = (y - mean.view(-1, 1, 1)) / (var.view(-1, 1, 1) + 1e-3).sqrt() * gain.view(-1, 1, 1) + bias.view(-1, 1, 1)
-    return y * y.sigmoid() if active else y
-
-
-def features(x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    """EfficientNet-V2 with one block for each of the six groups, down to 1/32 of the size."""
-    x = _conv(x, tensors, "backbone.0", 2)
-    for group, stride in enumerate((1, 2, 2, 2, 1, 2), start=1):
-        block = f"backbone.{group}.0.block"
-        if group <= 3:
-            y = _conv(x, tensors, f"{block}.0", stride)
-            y = _conv(y, tensors, f"{block}.1", active=False) if group > 1 else y
-        else:
-            y = _conv(_conv(x, tensors, f"{block}.0"), tensors, f"{block}.1", stride)
-            inner, outer = ([tensors[f"{block}.2.{layer}.{kind}"] for kind in ("weight", "bias")] for layer in
-                            ("fc1", "fc2"))  # fmt: skip
-            squeezed = functional.silu(functional.conv2d(y.mean((2, 3), keepdim=True), *inner))
-            y = _conv(y * functional.conv2d(squeezed, *outer).sigmoid(), tensors, f"{block}.3", active=False)
-        x = x + y if stride == 1 and x.shape == y.shape else y
-    return _conv(x, tensors, "backbone.7")
-
-
-def effnet_latents(pixels: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Latents of stage C for pixels in [0,1]."""
-    mean, std = (torch.tensor(row).view(3, 1, 1) for row in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    mapped = functional.conv2d(features((pixels - mean) / std, tensors), tensors["mapper.0.weight"])
-    shift, spread = (tensors[f"mapper.1.running_{kind}"].view(-1, 1, 1) for kind in ("mean", "var"))
-    return (mapped - shift) / (spread + 1e-5).sqrt()
-
-
-def inject(stage: nn.Module, residuals: Callable[[], Mapping[int, Tensor]]) -> None:
-    """Add what a ControlNet makes before the residual blocks of diffusers' network, by their numbers."""
-    from diffusers.models.unets.unet_stable_cascade import SDCascadeResBlock
-
-    blocks = [block for block in stage.modules() if isinstance(block, SDCascadeResBlock)]
-    for number, block in enumerate(blocks):
-
-        def add(_, inputs, number=number):
-            residual = residuals().get(number)
-            if residual is None:
-                return inputs
-            size = inputs[0].shape[-2:]
-            return (
-                inputs[0] + functional.interpolate(residual, size, mode="bilinear", align_corners=True),
-                *inputs[1:],
-            )
-
-        block.register_forward_pre_hook(add)
-
-
-def control_residuals(guide: Tensor, tensors: Mapping[str, Tensor], blocks: tuple[int, ...]) -> dict[int, Tensor]:
-    seen = features(guide, tensors)
-    found = {}
-    for place, block in enumerate(blocks):
-        first, last = (tensors[f"projections.{place}.{layer}.weight"] for layer in (0, 2))
-        found[block] = functional.conv2d(functional.leaky_relu(functional.conv2d(seen, first), 0.2), last)
-    return found
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -367,7 +224,9 @@ class Trainer:
         if batch.mask is not None:
             errors = errors * functional.interpolate(batch.mask, size=errors.shape[-2:], mode="area")
         per_sample = errors.mean(dim=(1, 2, 3))
-        weight = torch.tensor([self.weight(float(row), float(loss)) for row, loss in zip(level, per_sample)])
+        weight = torch.tensor(
+            [self.weight(float(row), float(loss)) for row, loss in zip(level, per_sample, strict=True)]
+        )
         return (per_sample * batch.loss_weight * weight).mean()
 
     def weight(self, level: float, loss: float) -> float:
@@ -402,6 +261,7 @@ class Trainer:
         factor = min(1.0, recipe.max_grad_norm / (norm + 1e-6)) if recipe.max_grad_norm else 1.0
         for name, value in self.values.items():
             rate = next(rate for start, rate in recipe.rates.items() if name.startswith(start))
+            rate *= min(number / recipe.lr_warmup_steps, 1)
             first, second = self.moments[name]
             slow, fast = recipe.betas
             first.mul_(slow).add_(value.grad * factor * (1 - slow))

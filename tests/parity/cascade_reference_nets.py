@@ -14,7 +14,7 @@ import torch.nn.functional as functional
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tests.parity.cascade_reference import control_residuals
+from tests.parity.cascade_reference_models import control_residuals
 
 RANK, ALPHA = 4, 2.0
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tests.cascade_runs import train_stage_b, train_stage_c, words
 from tests.control_training import train_control_net
-from tests.parity import cascade_reference as reference
-from tests.parity.cascade_reference import Recipe, Trainer, largest_error, make_stage, make_text, read_stage
+from tests.parity.cascade_reference import Recipe, Trainer, largest_error, write_pictures
+from tests.parity.cascade_reference_models import inject, make_stage, make_text, read_stage
 from tests.parity.cascade_reference_nets import (
     ALPHA,
     RANK,
@@ -38,7 +38,7 @@ CAPTIONS = {"duck/00": "a yellow rubber duck", "duck/01": "[zog] on a blue carpe
 @pytest.fixture
 def pictures(tmp_path) -> Path:
     """Photographs of 128x96 pixels, which nothing resizes."""
-    reference.write_pictures(tmp_path / "pictures" / "1_duck", CAPTIONS, (128, 96))
+    write_pictures(tmp_path / "pictures" / "1_duck", CAPTIONS, (128, 96))
     return tmp_path / "pictures"
 
 
@@ -100,9 +100,12 @@ def assert_equal_training(files, stage, recipe, batches, out: Path, *, text: Pat
 
 RATES = {"stage": 1e-2}
 STAGE_C = {
-    "plain": ("", Recipe(seed=SEED, rates=RATES)),
-    "text encoder of its own rate, offset noise": (
-        "--train_text_encoder --learning_rate_te1=4e-3 --noise_offset=0.3",
+    "warm-up": (
+        "--lr_scheduler=constant_with_warmup --lr_warmup_steps=2",
+        Recipe(seed=SEED, rates=RATES, lr_warmup_steps=2),
+    ),
+    "text encoder of its own rate, offset noise, checkpointing": (
+        "--train_text_encoder --learning_rate_te1=4e-3 --noise_offset=0.3 --gradient_checkpointing",
         Recipe(seed=SEED, rates={**RATES, "text": 4e-3}, noise_offset=0.3),
     ),
     "adaptive weights, accumulation": (
@@ -119,7 +122,8 @@ STAGE_C = {
         ),
     ),
     "min-snr, debiased, pictures as conditions, dropped captions": (
-        "--min_snr_gamma=2 --debiased_estimation_loss --clip_image_cond_rate=0.6 --caption_dropout_rate=0.4 --image_model_checkpoint_path={vision}",
+        "--min_snr_gamma=2 --debiased_estimation_loss --clip_image_cond_rate=0.6 --caption_dropout_rate=0.4 "
+        "--image_model_checkpoint_path={vision}",
         Recipe(seed=SEED, rates=RATES, min_snr_gamma=2, debiased_estimation_loss=True, clip_image_cond_rate=0.6),
     ),
 }
@@ -139,16 +143,21 @@ def test_stage_c(tiny_cascade, pictures, tmp_path, batches, name):
 def test_regularization_images_and_masks(tiny_cascade, pictures, tmp_path, batches):
     """Transparent pictures count by their alpha, regularization images by their weight."""
     cover = np.full((96, 128), 255, np.uint8)
-    cover[:, :64] = 0
+    cover[:, :50] = 0
+    cover[:40, 50:] = 128
     path = pictures / "1_duck" / "duck_00.png"
     with Image.open(path) as picture:
         picture.putalpha(Image.fromarray(cover))
         picture.save(path)
-    reference.write_pictures(tmp_path / "regular" / "1_toy", {"robot/00": "a robot"}, (128, 96))
+    write_pictures(tmp_path / "regular" / "1_toy", {"robot/00": "a robot"}, (128, 96))
     recipe = Recipe(seed=SEED, rates=RATES)
     more = ("--stage_c_dropout=0", "--alpha_mask", f"--reg_data_dir={tmp_path / 'regular'}", "--prior_loss_weight=0.25")
     assert train_stage_c(*argv(tiny_cascade, pictures, tmp_path / "out", recipe, *more)) == 0
-    weights = {Path(key).name: weight for batch in batches for key, weight in zip(batch.record_keys, batch.loss_weight)}
+    weights = {
+        Path(key).name: weight
+        for batch in batches
+        for key, weight in zip(batch.record_keys, batch.loss_weight, strict=True)
+    }
     assert weights["robot_00.png"] == 0.25 and weights["duck_00.png"] == 1
     assert_equal_training(tiny_cascade, make_stage(tiny_cascade.stage_c), recipe, batches, tmp_path / "out")
 
@@ -169,8 +178,8 @@ LORA = {
         Recipe(seed=SEED, rates={"lora_unet": 1e-2, "word": 3e-2}),
         True,
     ),
-    "all of stage C and the text encoder": (
-        "--text_encoder_lr=4e-3 --network_args",
+    "all of stage C and the text encoder, checkpointing": (
+        "--text_encoder_lr=4e-3 --gradient_checkpointing",
         Recipe(seed=SEED, rates={"lora_unet": 1e-2, "lora_te": 4e-3}),
         False,
     ),
@@ -224,7 +233,7 @@ def test_control_net(control_cascade, pictures, tmp_path, batches):
     assert train_control_net(*argv(control_cascade, pictures, tmp_path / "out", recipe, *more)) == 0
     stage = make_stage(control_cascade.stage_c, blocks=(1, 2))
     net = ReferenceControlNet(load_file(control_cascade.controlnet), blocks=(0, 1, 4, 5), edges_side=64)
-    reference.inject(stage, lambda: net.residuals)
+    inject(stage, lambda: net.residuals)
     before = {name: value.clone() for name, value in net.trained.items()}
     text = make_text(control_cascade.text)
     trainer = Trainer(control_cascade, tmp_path, stage, text, recipe, net.trained, guide=net.look)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import stable_cascade_train_c_network as script
-from library.models.random_cascade import make_random_cascade
 from tests.conftest import PHOTOS
 from tests.support import run_tool, tensor_digest
 
@@ -23,8 +22,8 @@ WITH_EVERYTHING = (
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return make_random_cascade(tmp_path_factory.mktemp("cascade"))
+def models(tiny_cascade):
+    return tiny_cascade
 
 
 @pytest.fixture(scope="module")

@@ -43,23 +43,6 @@ def options(model: Path, photos: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
-@pytest.fixture
-def losses(monkeypatch):
-    """The losses of all micro-batches."""
-    from library.training.step import TrainStep
-
-    seen = []
-    forward = TrainStep.forward
-
-    def spy(self, batch):
-        result = forward(self, batch)
-        seen.append(result[0].item())
-        return result
-
-    monkeypatch.setattr(TrainStep, "forward", spy)
-    return seen
-
-
 VARIANTS = {
     "lora, all dropouts, convolutions, LoRA+, accumulation": (
         f"{DROPOUTS} conv_dim=2 loraplus_lr_ratio=4 --gradient_accumulation_steps=2 --scale_weight_norms=0.1"

@@ -83,7 +83,6 @@ def test_stage_c():
     }
     assert found.sources["sample_every_n_steps"] == "save_every"
     assert found.sources["resume"] == ""
-    assert any("ema_iters" in note and "updates" in note for note in found.notes)
 
 
 def test_lora_and_control_net_and_stage_b():

@@ -44,7 +44,8 @@ def place(tmp_path, monkeypatch):
     """The working folder, with all files that keys may name; most of them are empty, since only options are read."""
     for name in FILES:
         (tmp_path / f"{name}.safetensors").touch()
-    (tmp_path / "data.tar").touch()
+    for name in ("data.tar", "a.tar"):
+        (tmp_path / name).touch()
     (tmp_path / "photos").mkdir()
     (tmp_path / "prompts.txt").write_text("a duck")
     name = "lora_unet_down_blocks_0_2_attention_attn_to_q"
@@ -185,7 +186,12 @@ def test_what_is_typed_wins(place, script, text, word, name, value):
 NOTES = [
     ("c", "shift: 4", (), "shift: is not used in training"),
     ("c", "dist_file_subfolder: x", (), "dist_file_subfolder: is not needed"),
-    ("c", "ema_iters: 10\nema_beta: 0.9", (), "ema_iters: counted in updates here"),
+    (
+        "c",
+        "ema_iters: 10\nema_beta: 0.9\ngrad_accum_steps: 2",
+        (),
+        "ema_iters: updates are counted here, 2 batches each: --ema_every_n_steps=5",
+    ),
     ("c", "batch_size: 12", ("--train_batch_size=3",), "batch_size: has no effect, since --train_batch_size is given"),
     ("c", "", ("--train_data_dir=photos",), "webdataset_path: has no effect, since --train_data_dir is given"),
     ("c", "save_every: 5", (), "no sample pictures are drawn without --sample_prompts"),
@@ -317,3 +323,16 @@ def test_json_may_be_indented_with_tabs(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('{\n\t"lr": 1e-4,\n\t"webdataset_path": "a\\/b.tar"\n}')
     assert read_config(path) == {"lr": 1e-4, "webdataset_path": "a/b.tar"}
+
+
+def test_a_key_typed_as_an_option_is_answered_with_the_option(place):
+    with pytest.raises(UserError) as refused:
+        options("c", "", "--updates=4", "--batch_size", "8", "--generator_checkpoint_path=x")
+    said = str(refused.value)
+    for option in ("--max_train_steps", "--global_batch_size", "--stage_c_checkpoint_path"):
+        assert f"it is called {option}." in said
+
+
+def test_a_local_tar_file_that_is_not_there_is_missed_at_once(place):
+    with pytest.raises(UserError, match=r"--webdataset_path: file 'nope\.tar' not found"):
+        options("c", "", "--webdataset_path", "nope.tar", "data-{0..3}.tar", "s3://b/a.tar", "da*.tar")

@@ -98,16 +98,6 @@ class NetworkPlan:
         """Whether gradients have to pass through the text encoder."""
         return self.trains_text or self.companion is not None
 
-    def check_layers(self, denoiser: nn.Module) -> None:
-        """Let the module see whether its arguments leave layers of the denoiser, which may be one without weights.
-
-        Raises:
-            UserError: they leave none.
-        """
-        check = getattr(self.module, "check_layers", None)
-        if check is not None:
-            check(denoiser, self.opts.network.arguments)
-
     def prepare(self, family: ModelFamily) -> None:
         """Change the model in memory as the options ask, before anything of it is cached."""
         merge_networks(family, self.opts.network.base_networks, "--base_weights")

@@ -69,8 +69,8 @@ STAGES = {"stage_c": TINY_C, "stage_b": TINY_B}
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return make_random_cascade(tmp_path_factory.mktemp("cascade"))
+def files(tiny_cascade):
+    return tiny_cascade
 
 
 def same(found, expected):

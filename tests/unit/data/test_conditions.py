@@ -1,6 +1,6 @@
 """What ControlNets look at, served with the batches: the same view of a picture, the same chance at each visit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -154,6 +154,16 @@ def test_stale_and_broken_files_are_made_anew(tmp_path, finder):
     count = len(finder.calls)
     batch_of(keeping(rows, tmp_path, Finder(kept="other")), [0])
     assert len(finder.calls) == count + 1
+
+
+def test_a_picture_in_two_sizes_has_two_files(tmp_path, finder):
+    rows = some_pictures(tmp_path, 1, sizes=((96, 64),))
+    for _ in range(2):
+        for side in (64, 128):
+            data = training_data(rows, [replace(bucketed(tmp_path), resolution_wh=(side, side))])
+            data.keep_conditions(finder, "_control")
+            assert batch_of(data, [0]).control.shape[-2:] == data.placements[0].bucket_wh[::-1]
+    assert len(finder.calls) == len(list(tmp_path.glob("*_control.npz"))) == 2
 
 
 def test_pictures_that_vary_are_refused(tmp_path, finder):

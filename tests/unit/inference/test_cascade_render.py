@@ -36,15 +36,14 @@ from library.models.cascade.specs import STAGE_B
 from library.models.cascade.stage_b import StageB
 from library.models.family import WeightPlan
 from library.models.options import MemoryOptions
-from library.models.random_cascade import make_random_cascade
 
 CPU = torch.device("cpu")
 CAT = replace(CASCADE_DEFAULTS, prompt="a cat", width=256, height=192, steps=3, seed=5)
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return make_random_cascade(tmp_path_factory.mktemp("cascade"))
+def files(tiny_cascade):
+    return tiny_cascade
 
 
 @pytest.fixture(scope="module")

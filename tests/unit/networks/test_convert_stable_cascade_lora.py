@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from library.checkpoints import cascade_lora
 from library.checkpoints.embedding_file import read_embedding
 from library.checkpoints.lora_file import inspect_lora, read_lora
-from library.models.random_cascade import TINY_C, make_random_cascade
+from library.models.random_cascade import TINY_C
 from networks.convert_stable_cascade_lora import main
 from tests.support import run_tool
 
@@ -16,8 +16,8 @@ EVERYTHING = ("clip_", "embedding", "channelwise", "mapper", "attention", "scale
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return make_random_cascade(tmp_path_factory.mktemp("cascade"))
+def models(tiny_cascade):
+    return tiny_cascade
 
 
 def official(path, filters=(".attn",), rank=4, *, words=True):

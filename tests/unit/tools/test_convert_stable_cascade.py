@@ -9,15 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.checkpoints.headers import read_header
-from library.models.random_cascade import make_random_cascade
 from tools import convert_stable_cascade as tool
 
 PARTS = ("stage_c", "stage_b", "stage_a", "text", "vision")
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return make_random_cascade(tmp_path_factory.mktemp("cascade"))
+def files(tiny_cascade):
+    return tiny_cascade
 
 
 def run(*words):

@@ -1,32 +1,10 @@
 """The options of ControlNet training for stage C, and what is said about wrong ones before any file is opened."""
 
-import json
-
 import pytest
 
 from library.errors import UserError
 from library.option_parser import parse
-from library.option_values import type_name
 from library.training.options_control_net import ControlNetTrainingOptions
-from tests.conftest import ROOT
-
-NAME = "stable_cascade_train_c_control_net"
-GOLDEN = json.loads((ROOT / "tests" / "golden" / f"{NAME}_options.json").read_text(encoding="utf-8"))
-OPTIONS = {name: option for name, option in ControlNetTrainingOptions.options().items() if option.offered}
-
-
-def test_types_defaults_and_choices():
-    for name, golden in GOLDEN.items():
-        option = OPTIONS[name]
-        default = list(option.default) if isinstance(option.default, tuple) else option.default
-        assert (type_name(option.annotation), default) == (golden["type"], golden["default"]), name
-        assert list(option.choices or []) == golden.get("choices", []), name
-
-
-def test_conditions_name_known_options():
-    for name, option in OPTIONS.items():
-        for note in ("needs", "matters_when", "excludes", "implies", "means"):
-            assert set(option.notes.get(note, {})) <= set(OPTIONS), name
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def sgd(params):
 
 
 def adamw8bit(params):
-    return pytest.importorskip("bitsandbytes").optim.AdamW8bit(params, lr=1e-2)
+    return pytest.importorskip("bitsandbytes").optim.AdamW8bit(params, lr=1e-2, min_8bit_size=16)
 
 
 def lion(params):
@@ -133,6 +133,10 @@ class TestRoundTrip:
         )
         updates(resumed, 3, 6)
         assert same(bits(straight), bits(resumed))
+        for name, parts in (("one", straight), ("other", resumed)):
+            save_state(tmp_path / name, parts, info(6))
+        one, other = ((tmp_path / name / "optimizer.bin").read_bytes() for name in ("one", "other"))
+        assert one == other
 
     def test_saving_does_not_disturb_training(self, tmp_path):
         quiet, saving = build(), build()

@@ -241,3 +241,4 @@ def test_rows_have_a_rate_of_their_own_if_it_is_given():
 def test_names_of_files_work_everywhere():
     assert TrainedTokens(plan("[a/b]", "<con>", "[c]")).saved_beside == ("_a_b", "_word2", "_c")
     assert TrainedTokens(plan("[a/b]", "<a/b>", "[A?b]")).saved_beside == ("_a_b", "_a_b_2", "_A_b_3")
+    assert TrainedTokens(plan("[ema]")).saved_beside == ("_ema_1",)
