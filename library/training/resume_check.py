@@ -85,7 +85,10 @@ class Changes:
         """
         if self.refused:
             names = " ".join(sorted({change.override for change in self.refused}))
-            hint = f"Give the saved values, or allow the changes with --resume_override {names}"
+            hint = (
+                f"Give the saved values, or allow the changes with --resume_override {names}. A new run has another "
+                "--output_name (`experiment_id` in a YAML file)."
+            )
             what = "this run differs from the one that was saved"
             raise UserError.of([Problem(where, what, f"\n{_table(self.refused)}\n{hint}")])
 

@@ -96,7 +96,8 @@ class TestDifferences:
             "  --learning_rate  1e-06   5e-06",
             "  --lr_scheduler   cosine  linear",
             "  data: files[1]   b.png   x.png",
-            "Give the saved values, or allow the changes with --resume_override data lr scheduler",
+            "Give the saved values, or allow the changes with --resume_override data lr scheduler. A new run has "
+            "another --output_name (`experiment_id` in a YAML file).",
         ]
 
     def test_a_long_table_is_cut(self):
