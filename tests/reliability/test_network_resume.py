@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -184,24 +181,19 @@ def test_an_interrupt_saves_state_and_network(fork_server, tiny_sd1, photo_folde
     assert tensor_digest(out / "duck-interrupted.safetensors") == tensor_digest(halfway)
 
 
-def test_two_processes_do_what_accumulation_does_and_resume_exactly(tiny_sd1, photo_folders, tmp_path):
+def test_two_processes_do_what_accumulation_does_and_resume_exactly(fork_server, tiny_sd1, photo_folders, tmp_path):
     """Dropouts too: what is drawn follows from the micro-batch, whoever computes it."""
     # Of gradients that are rounding errors AdamW makes whole steps, unless its epsilon is large.
     more = ("--network_dropout=0.2", "--clip_skip=2", "--cache_latents", "--max_grad_norm=0")
     more += ("--optimizer_args", "eps=0.01")
 
-    def torchrun(out: Path, *argv: str) -> None:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-        command += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", str(ROOT / SCRIPT)]
-        command += options(tiny_sd1, photo_folders, out, *more, *argv)
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+    def in_two_processes(out: Path, *argv: str) -> None:
+        fork_server.run_ranks(SCRIPT, options(tiny_sd1, photo_folders, out, *more, *argv))
 
     two, again, one = tmp_path / "two", tmp_path / "again", tmp_path / "one"
-    torchrun(two, "--save_state", "--save_every_n_steps=2")
+    in_two_processes(two, "--save_state", "--save_every_n_steps=2")
     # Buckets of DDP's own make no difference without clipping, whose norm is summed up in another order then.
-    torchrun(again, f"--resume={two / 'duck-step00000002-state'}", "--ddp_gradient_as_bucket_view")
+    in_two_processes(again, f"--resume={two / 'duck-step00000002-state'}", "--ddp_gradient_as_bucket_view")
     assert tensor_digest(again / FINAL) == tensor_digest(two / FINAL)
     argv = options(tiny_sd1, photo_folders, one, *more, "--gradient_accumulation_steps=2", "--save_every_n_steps=1")
     assert train_network(*argv) == 0
