@@ -168,7 +168,7 @@ class Loop:
         log.summary.step = position.step
         ended = position.step == self.training.length.total_steps
         if self.run.is_main and (ended or position.step % _HISTOGRAMS_EVERY == 0):
-            self.training.tracker.write_histograms(self.training.objective.histograms(), position.step)
+            self.training.tracker.write_histograms(self.training.objective.histograms, position.step)
         if epoch_ended:
             fault_point("epoch.end")
         signum, save_now = self._wishes()

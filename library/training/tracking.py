@@ -131,8 +131,9 @@ class Tracker:
         for writer in list(self._writers):
             self._try(writer, partial(writer.write, scalars, step, epoch=epoch))
 
-    def write_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
-        """Write distributions, after all scalars up to here."""
+    def write_histograms(self, make: Callable[[], Mapping[str, Histogram]], step: int) -> None:
+        """Write distributions, after all scalars up to here; what waits for the device is done only if anyone looks."""
+        histograms = make() if self._writers else {}
         if histograms:
             self.flush()
         for name, histogram in histograms.items():

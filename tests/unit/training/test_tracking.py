@@ -254,7 +254,7 @@ def test_histograms_and_further_names(tmp_path):
         for position in positions(0, 2):
             values = {"loss": torch.tensor(2.0), "lr/unet": 1e-3, "lr/text_encoder1": 1e-4}
             tracker.update(position, values, epoch_ended=False)
-        tracker.write_histograms({"adaptive_loss": HISTOGRAM}, 2)
+        tracker.write_histograms(lambda: {"adaptive_loss": HISTOGRAM}, 2)
     folder = only(tmp_path) / "dreambooth"
     found = curves(folder)
     assert found["total_steps"] == [(1, 1), (2, 2)]
@@ -316,7 +316,7 @@ class TestWandb:
     def test_histograms(self, tmp_path, wandb):
         wandb.Histogram = lambda np_histogram: np_histogram
         with tracker_of(tmp_path, log_with="wandb") as tracker:
-            tracker.write_histograms({"adaptive_loss": HISTOGRAM}, 3)
+            tracker.write_histograms(lambda: {"adaptive_loss": HISTOGRAM}, 3)
         assert wandb.rows[0] == (3, {"adaptive_loss": ([0.5, 0.25, 0.25], [-1.0, 0.0, 1.0, 2.0])})
 
     def test_resuming_continues_the_run(self, tmp_path, wandb):
