@@ -142,3 +142,19 @@ def losses(monkeypatch):
 
     monkeypatch.setattr(TrainStep, "forward", spy)
     return seen
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The micro-batches that reached the training step, in order."""
+    from library.training.step import TrainStep
+
+    seen = []
+    forward = TrainStep.forward
+
+    def spy(self, batch):
+        seen.append(batch)
+        return forward(self, batch)
+
+    monkeypatch.setattr(TrainStep, "forward", spy)
+    return seen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,16 +13,11 @@ from torch import Tensor, nn
 from library.checkpoints.parts import ModelParts, SaveSettings
 from library.contracts import Condition
 from library.garbage import collection_paused
-from library.models.assemble import build_module, check_weights, from_config, hash_tensors
+from library.models.assemble import build_module, check_weights, from_config
 from library.models.clip_text import TextEncoder, build_text_encoder, check_clip_skip, encode_tokens
 from library.models.family import WeightPlan
-from library.models.memory import (
-    compile_blocks,
-    enable_gradient_checkpointing,
-    give_back_memory,
-    store_in_float8,
-    use_channels_last,
-)
+from library.models.family_base import FamilyBase
+from library.models.memory import use_channels_last
 from library.models.sd_attention import choose_attention, name_modules, set_attention
 from library.models.specs import check_prediction
 from library.models.tokenizer import NO_TOKEN, ClipTokenizer, tokenizers_for
@@ -41,10 +35,8 @@ _COUNT = "token_count"
 """Cached beside hidden states where captions are not padded: a batch is as long as its longest caption."""
 
 
-class StableDiffusion:
+class StableDiffusion(FamilyBase):
     """The model family of SD 1.x and 2.x; see `library.models.family.ModelFamily`."""
-
-    saved_beside: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -56,8 +48,7 @@ class StableDiffusion:
         allow_nan: bool = False,
         highvram: bool = False,
     ) -> None:
-        self.spec = spec
-        self.weights = weights
+        super().__init__(spec, weights, highvram=highvram)
         self.tokenizers: tuple[ClipTokenizer, ...] = tokenizers_for(spec, text)
         self.unet = _build_unet(loaded, weights)
         self.text_encoder: TextEncoder = build_text_encoder(
@@ -78,9 +69,6 @@ class StableDiffusion:
         self._pad_id = None if self.tokenizers[0].pad else spec.tokenizers[0].pad_id
         self._loaded = loaded
         self._allow_nan = allow_nan
-        self._highvram = highvram
-        self._parked = False
-        self._fingerprints: dict[str, str] = {}
 
     @classmethod
     def load(
@@ -120,16 +108,6 @@ class StableDiffusion:
             use_channels_last(family.unet)
         return family
 
-    @property
-    def denoiser(self) -> nn.Module:
-        """The U-Net."""
-        return self.unet
-
-    @property
-    def text_encoders(self) -> tuple[nn.Module, ...]:
-        """The text encoder."""
-        return (self.text_encoder,)
-
     def parameter_count(self) -> int:
         """Return the number of values in all parts of the model, the VAE included."""
         parts = (self._loaded.unet, self._loaded.text, self._loaded.vae)
@@ -139,10 +117,6 @@ class StableDiffusion:
     def source_kind(self) -> str:
         """How the model came: `safetensors`, `ckpt` or `diffusers`."""
         return self._loaded.source.kind
-
-    def parts(self) -> dict[str, nn.Module]:
-        """Return what can be trained, in the reference's order."""
-        return {"unet": self.unet, "text_encoder": self.text_encoder}
 
     def encode_images(self, pixels: Tensor, draws: Draws) -> Tensor:
         """Return an unscaled posterior sample [B,4,h,w], float32, for pixels [B,3,H,W] of a training step."""
@@ -199,12 +173,6 @@ class StableDiffusion:
         ids = ids.to(device, non_blocking=True)
         return encode_tokens(encoder, ids, factors, skip=self._skip, pad_id=pad_id)
 
-    def park_text_encoders(self) -> None:
-        """Move the text encoder off the device; it comes back when something is encoded."""
-        self._parked = True
-        self.text_encoder.to("cpu")
-        give_back_memory(self.weights.device, keep=self._highvram)
-
     def denoise(
         self, noisy: Tensor, t: Tensor, condition: Condition, control: Mapping[str, Any] | None = None
     ) -> Tensor:
@@ -230,38 +198,10 @@ class StableDiffusion:
         """Free the memory of the VAE; it is built again when it is needed."""
         self.vae.release()
 
-    def enable_gradient_checkpointing(self, *, preserve_rng_state: bool | None = None, offload: bool = False) -> None:
-        """Recompute activations of U-Net and text encoder in the backward pass."""
-        enable_gradient_checkpointing(
-            self.unet, self.text_encoders, preserve_rng_state=preserve_rng_state, offload=offload
-        )
-
-    def compile(self, backend: str) -> None:
-        """Compile the transformer blocks of the U-Net; call it when adapters are attached."""
-        compile_blocks(self.unet, backend)
-
     def unused_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that never get a gradient: those of text layers that `--clip_skip` leaves out."""
         layers = self.text_encoder.layers
         return [parameter for layer in layers[len(layers) - self._skip :] for parameter in layer.parameters()]
-
-    def fingerprint(self, part: str) -> str:
-        """Return a hash of the loaded weights of `part` (`vae`, `text_encoder`, `unet`), names and types included.
-
-        For the VAE only the encoder counts: that is what latents depend on.
-        """
-        if part not in self._fingerprints:
-            self._fingerprints[part] = hash_tensors(self._fingerprinted(part))
-        return self._fingerprints[part]
-
-    def note_change(self, part: str, digest: str) -> None:
-        """Let the fingerprint of `part` tell that its weights in memory were changed, by what `digest` says."""
-        self._fingerprints[part] = hashlib.sha256(f"{self.fingerprint(part)}:{digest}".encode()).hexdigest()[:32]
-
-    def store_in_float8(self, parts: tuple[str, ...]) -> None:
-        """Keep the frozen weights of these parts in 8 bits; whatever runs them must be in autocast."""
-        for part in parts:
-            store_in_float8(self.parts()[part])
 
     def save(
         self,
@@ -310,10 +250,11 @@ class StableDiffusion:
         text = self.text_encoder.state_dict() if "text_encoder" in self.weights.trained else loaded.text
         return ModelParts(unet, loaded.unet_config, text, loaded.text_config, loaded.vae, loaded.vae_config)
 
-    def _fingerprinted(self, part: str) -> dict[str, Tensor]:
+    def fingerprinted(self, part: str) -> Mapping[str, Tensor]:
+        """Return the tensors that the fingerprint of a part tells apart: of the VAE those of the encoder."""
         source = {"unet": self._loaded.unet, "text_encoder": self._loaded.text, "vae": self._loaded.vae}[part]
         if part != "vae":
-            return dict(source)
+            return source
         return {name: tensor for name, tensor in source.items() if name.startswith(("encoder.", "quant_conv."))}
 
 

@@ -55,22 +55,6 @@ def four_photos(tmp_path_factory) -> Path:
     return folder.parent
 
 
-@pytest.fixture
-def batches(monkeypatch):
-    """The micro-batches that reached the training step, in order."""
-    from library.training.step import TrainStep
-
-    seen = []
-    forward = TrainStep.forward
-
-    def spy(self, batch):
-        seen.append(batch)
-        return forward(self, batch)
-
-    monkeypatch.setattr(TrainStep, "forward", spy)
-    return seen
-
-
 def train(model: Path, photos: Path, out: Path, module: str, *argv: str) -> Path:
     options = {
         "pretrained_model_name_or_path": model,

@@ -61,22 +61,6 @@ def pictures(tmp_path) -> Path:
     return tree
 
 
-@pytest.fixture
-def batches(monkeypatch):
-    """The micro-batches that reached the training step, in order."""
-    from library.training.step import TrainStep
-
-    seen = []
-    forward = TrainStep.forward
-
-    def spy(self, batch):
-        seen.append(batch)
-        return forward(self, batch)
-
-    monkeypatch.setattr(TrainStep, "forward", spy)
-    return seen
-
-
 def run(model: Path, data: Path, out: Path, *argv: str) -> dict[str, torch.Tensor]:
     """Train with gradient descent; returns the saved weights."""
     options = {

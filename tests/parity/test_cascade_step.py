@@ -42,22 +42,6 @@ def pictures(tmp_path) -> Path:
     return tmp_path / "pictures"
 
 
-@pytest.fixture
-def batches(monkeypatch):
-    """The micro-batches that reached the training step, in order."""
-    from library.training.step import TrainStep
-
-    seen = []
-    forward = TrainStep.forward
-
-    def spy(self, batch):
-        seen.append(batch)
-        return forward(self, batch)
-
-    monkeypatch.setattr(TrainStep, "forward", spy)
-    return seen
-
-
 def argv(files, pictures: Path, out: Path, recipe: Recipe, *more: str, **changes: object) -> list[str]:
     options = {
         "stage_c_checkpoint_path": files.stage_c,

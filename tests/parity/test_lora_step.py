@@ -50,22 +50,6 @@ def pictures(tmp_path) -> Path:
 
 
 @pytest.fixture
-def batches(monkeypatch):
-    """The micro-batches that reached the training step, in order."""
-    from library.training.step import TrainStep
-
-    seen = []
-    forward = TrainStep.forward
-
-    def spy(self, batch):
-        seen.append(batch)
-        return forward(self, batch)
-
-    monkeypatch.setattr(TrainStep, "forward", spy)
-    return seen
-
-
-@pytest.fixture
 def not_flat(monkeypatch):
     """Parameters stay one by one, as they do for optimizers that look at whole matrices."""
     from library.training import setup

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from library.checkpoints.parts import SaveSettings
 from library.contracts import Condition
 from library.garbage import collection_paused
-from library.models.assemble import check_weights, hash_tensors
+from library.models.assemble import check_weights
 from library.models.cascade.effnet import EffNetEncoder
 from library.models.cascade.options import CascadeModelOptions, CascadeTextOptions
 from library.models.cascade.sources import (
@@ -27,7 +26,7 @@ from library.models.cascade.sources import (
 )
 from library.models.cascade.text import ProjectedTextEncoder, TextStates, encode_chunks
 from library.models.family import WeightPlan
-from library.models.memory import compile_blocks, enable_gradient_checkpointing, give_back_memory, store_in_float8
+from library.models.family_base import FamilyBase
 from library.models.tokenizer import ClipTokenizer, tokenizers_for
 
 if TYPE_CHECKING:
@@ -42,10 +41,8 @@ TEXT_SUFFIX = "_text_model"
 """Ends the name of the file of a trained text encoder, beside that of the stage."""
 
 
-class CascadeFamily(ABC):
+class CascadeFamily(FamilyBase):
     """Base of the model families of stages C and B; see `library.models.family.ModelFamily`."""
-
-    saved_beside: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -58,16 +55,15 @@ class CascadeFamily(ABC):
         seed: int = 0,
         highvram: bool = False,
     ) -> None:
-        self.spec, self.weights, self.sources = spec, weights, sources
+        super().__init__(spec, weights, highvram=highvram)
+        self.sources = sources
         self.tokenizers: tuple[ClipTokenizer, ...] = tokenizers_for(spec, text)
         self.unet = build_part_stage(sources, weights, seed)
         self.text_encoder: ProjectedTextEncoder = build_part_text(sources, weights)
         self.effnet = self.lazy(sources.effnet, EffNetEncoder, "EfficientNet encoder", keep_cache=highvram)
         self.saved_beside = (TEXT_SUFFIX,) if "text_encoder" in weights.trained else ()
         self._masked = not text.no_text_mask
-        self._allow_nan, self._highvram = model.allow_nan_weights, highvram
-        self._parked = False
-        self._fingerprints: dict[str, str] = {}
+        self._allow_nan = model.allow_nan_weights
 
     @classmethod
     def load(
@@ -121,23 +117,9 @@ class CascadeFamily(ABC):
         return str(self.sources.stage.path) if self.sources.stage is not None else "fresh weights"
 
     @property
-    def denoiser(self) -> nn.Module:
-        """The stage that is trained."""
-        return self.unet
-
-    @property
-    def text_encoders(self) -> tuple[nn.Module, ...]:
-        """The text encoder."""
-        return (self.text_encoder,)
-
-    @property
     def source_kind(self) -> str:
         """How the stage came: `safetensors`, `ckpt` or `diffusers`."""
         return self.sources.kind
-
-    def parts(self) -> dict[str, nn.Module]:
-        """Return what can be trained, in the order of states."""
-        return {"unet": self.unet, "text_encoder": self.text_encoder}
 
     def parameter_count(self) -> int:
         """Return the number of values in what a save writes: the stage, and a text encoder that trains."""
@@ -148,13 +130,17 @@ class CascadeFamily(ABC):
         """Return nothing: every parameter gets a gradient."""
         return []
 
-    @abstractmethod
     def encode_images(self, pixels: Tensor, draws: Draws) -> Tensor:
-        """Return latents of pixels [B,3,H,W] in [-1,1] in a training step, float32."""
+        """Return latents, float32, of pixels [B,3,H,W] in [-1,1] in a training step; nothing is drawn."""
+        return self.encode(pixels)
+
+    def encode_latents(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """Return latents as `encode_images` does, for a cache; there is no posterior, so the noise means nothing."""
+        return self.encode(pixels)
 
     @abstractmethod
-    def encode_latents(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        """Return what a latent cache stores of pixels [B,3,H,W] in [-1,1], float32."""
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Return the latents that this stage learns to predict, float32, of pixels [B,3,H,W] in [-1,1]."""
 
     @abstractmethod
     def denoise(
@@ -198,40 +184,9 @@ class CascadeFamily(ABC):
         states = self._encode_text(token_ids, weights)
         return dict(zip(self.spec.text_array_names, states, strict=True))
 
-    def park_text_encoders(self) -> None:
-        """Move the text encoder off the device; it comes back when something is encoded."""
-        self._parked = True
-        self.text_encoder.to("cpu")
-        give_back_memory(self.weights.device, keep=self._highvram)
-
-    # Memory and speed ----------------------------------------------------------------------------------------------
-
     def release_vae(self) -> None:
         """Free the memory of what encodes pictures; it is built again when it is needed."""
         self.effnet.release()
-
-    def enable_gradient_checkpointing(self, *, preserve_rng_state: bool | None = None, offload: bool = False) -> None:
-        """Recompute activations of the stage and of the text encoder in the backward pass."""
-        enable_gradient_checkpointing(
-            self.unet, self.text_encoders, preserve_rng_state=preserve_rng_state, offload=offload
-        )
-
-    def compile(self, backend: str) -> None:
-        """Compile the blocks of the stage; call it when adapters are attached."""
-        compile_blocks(self.unet, backend)
-
-    def store_in_float8(self, parts: tuple[str, ...]) -> None:
-        """Keep the frozen weights of these parts in 8 bits; whatever runs them must be in autocast."""
-        for part in parts:
-            store_in_float8(self.parts()[part])
-
-    # Identity and files --------------------------------------------------------------------------------------------
-
-    def fingerprint(self, part: str) -> str:
-        """Return a hash of the loaded weights of `part`: `vae` (what latents are made by), `text_encoder`, `unet`."""
-        if part not in self._fingerprints:
-            self._fingerprints[part] = hash_tensors(self.fingerprinted(part))
-        return self._fingerprints[part]
 
     def fingerprinted(self, part: str) -> Mapping[str, Tensor]:
         """Return the tensors that the fingerprint of a part tells apart."""
@@ -240,10 +195,6 @@ class CascadeFamily(ABC):
             return self.unet.state_dict() if stage is None else stage.tensors
         source = self.sources.text if part == "text_encoder" else self.sources.effnet
         return {} if source is None else source.tensors
-
-    def note_change(self, part: str, digest: str) -> None:
-        """Let the fingerprint of `part` tell that its weights in memory were changed, by what `digest` says."""
-        self._fingerprints[part] = hashlib.sha256(f"{self.fingerprint(part)}:{digest}".encode()).hexdigest()[:32]
 
     def save(
         self,

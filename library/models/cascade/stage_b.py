@@ -52,16 +52,9 @@ class StageB(CascadeFamily):
         loaded = load_cascade.load_stage_a(model.stage_a_checkpoint_path or "")
         self.stage_a = self.lazy(loaded, StageA, "stage A", keep_cache=highvram)
 
-    def encode_images(self, pixels: Tensor, draws: Draws) -> Tensor:
-        """Return latents of stage A [B,4,H/4,W/4], float32, for pixels [B,3,H,W] in [-1,1]; nothing is drawn."""
-        return self._encode(pixels)
-
-    def encode_latents(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        """Return latents as `encode_images` does, for a cache; there is no posterior, so the noise means nothing."""
-        return self._encode(pixels)
-
     @torch.no_grad()
-    def _encode(self, pixels: Tensor) -> Tensor:
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Return latents of stage A [B,4,H/4,W/4], float32, for pixels [B,3,H,W] in [-1,1]."""
         return self.stage_a.model.encode(_from_zero_to_one(pixels, self.stage_a.device)).float()
 
     def condition(self, batch: Batch, draws: Draws) -> Condition:

@@ -59,16 +59,9 @@ class StageC(CascadeFamily):
             vision = load_cascade.load_vision(resolve_model(name, "--image_model_checkpoint_path"))
             self.image_encoder = self.lazy(vision, make_image_encoder, "image encoder", keep_cache=highvram)
 
-    def encode_images(self, pixels: Tensor, draws: Draws) -> Tensor:
-        """Return latents [B,16,h,w], float32, for pixels [B,3,H,W] in [-1,1]; nothing is drawn."""
-        return self._encode(pixels)
-
-    def encode_latents(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        """Return latents as `encode_images` does, for a cache; there is no posterior, so the noise means nothing."""
-        return self._encode(pixels)
-
     @torch.no_grad()
-    def _encode(self, pixels: Tensor) -> Tensor:
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Return latents [B,16,h,w], float32, for pixels [B,3,H,W] in [-1,1]."""
         encoder = self.effnet.model
         return encoder((pixels.to(self.effnet.device).float() + 1) / 2).float()
 
